@@ -1,0 +1,29 @@
+//! The library behind `towpathd`.
+//!
+//! The `mod` lines follow the walk of a packet, then the walk of a command;
+//! `ARCHITECTURE.md` tells both. The daemon's `main.rs` is thin, so that tests,
+//! benches and `towpathctl explain` drive exactly this code.
+#![deny(unsafe_code)]
+
+// The walk of a packet.
+pub mod packet;
+pub mod pipeline;
+pub mod port;
+pub mod stage;
+pub mod trace;
+pub mod verdict;
+pub mod wire;
+pub mod worker;
+
+// What a packet is judged by.
+pub mod addr;
+pub mod stats;
+pub mod table;
+pub mod tables;
+
+// The walk of a command.
+pub mod control;
+pub mod kernel;
+
+// The process around them.
+pub mod keeper;

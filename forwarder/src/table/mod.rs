@@ -1,0 +1,6 @@
+//! Structures that know no networking: each has a slow twin in its tests.
+
+pub mod flow_map;
+pub mod lpm;
+pub mod maglev;
+pub mod paged;
