@@ -1,1 +1,3 @@
-//! To come.
+//! The walk of a command: socket -> validate -> state -> compile -> publish.
+
+pub mod publish;

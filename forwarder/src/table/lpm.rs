@@ -24,7 +24,7 @@ impl<T: Copy> Lpm<T> {
 
     /// The value of the longest prefix that contains `addr`.
     pub fn lookup(&self, addr: Addr) -> Option<T> {
-        let ip = addr.into();
+        let ip: std::net::IpAddr = addr.into();
         self.entries
             .iter()
             .rev()
