@@ -1,0 +1,1 @@
+//! The gateway file: one TOML file of the gateway's own settings.
