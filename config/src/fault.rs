@@ -82,21 +82,21 @@ pub struct Fault {
     pub code: Code,
     /// Where the object was read from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub source: Option<Source>,
+    pub source: Option<Box<Source>>,
     /// Kind and name of the object, such as `Service default/my-nginx`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub object: Option<String>,
+    pub object: Option<Box<str>>,
     /// Path of the field, such as `spec.ports[0].port`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub field: Option<String>,
+    pub field: Option<Box<str>>,
     /// The value found there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub value: Option<String>,
+    pub value: Option<Box<str>>,
     /// What is wrong, without the words of the other fields.
     pub message: String,
     /// What to do about it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub remedy: Option<String>,
+    pub remedy: Option<Box<str>>,
 }
 
 impl Fault {
@@ -115,31 +115,31 @@ impl Fault {
 
     /// Names the object, such as `Service default/my-nginx`.
     pub fn object(mut self, object: impl fmt::Display) -> Fault {
-        self.object = Some(object.to_string());
+        self.object = Some(object.to_string().into());
         self
     }
 
     /// Names the field by its path.
     pub fn field(mut self, field: impl fmt::Display) -> Fault {
-        self.field = Some(field.to_string());
+        self.field = Some(field.to_string().into());
         self
     }
 
     /// Quotes the value.
     pub fn value(mut self, value: impl fmt::Display) -> Fault {
-        self.value = Some(value.to_string());
+        self.value = Some(value.to_string().into());
         self
     }
 
     /// Says what to do.
     pub fn remedy(mut self, remedy: impl fmt::Display) -> Fault {
-        self.remedy = Some(remedy.to_string());
+        self.remedy = Some(remedy.to_string().into());
         self
     }
 
     /// Says where the object was read from.
     pub fn source(mut self, source: &Source) -> Fault {
-        self.source = Some(source.clone());
+        self.source = Some(Box::new(source.clone()));
         self
     }
 }

@@ -1,1 +1,457 @@
-//! The gateway file: one TOML file of the gateway's own settings.
+//! The gateway file: one TOML file of the gateway's own settings. What is forwarded comes from Kubernetes objects.
+//!
+//! [`Gateway::parse`] reads and checks it; every complaint names line, field, value and remedy. What only the machine
+//! can tell (does the interface exist, is the CPU there, do the SNAT ports overlap the kernel's) is checked at start.
+
+mod check;
+mod locate;
+
+use std::fmt;
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use ipnet::IpNet;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::fault::{Code, Fault, Source};
+
+/// The whole file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gateway {
+    /// What the gateway is in its cluster.
+    pub gateway: GatewaySection,
+    /// Addresses and ports for masquerading.
+    #[serde(default)]
+    pub snat: SnatSection,
+    /// The control socket and the kept state.
+    #[serde(default)]
+    pub control: ControlSection,
+    /// Threads that forward.
+    #[serde(default)]
+    pub workers: WorkersSection,
+    /// The flow table.
+    #[serde(default)]
+    pub flows: FlowsSection,
+    /// AF_XDP rings.
+    #[serde(default)]
+    pub rings: RingsSection,
+    /// Packet memory.
+    #[serde(default)]
+    pub umem: UmemSection,
+    /// Interfaces that packets are taken from and put on; their order is the order of the port indexes.
+    #[serde(default, rename = "port")]
+    pub ports: Vec<PortSection>,
+}
+
+/// `[gateway]`: what the gateway is in its cluster.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GatewaySection {
+    /// Name of the gateway; if there is a Node object of this name, that is ours.
+    pub name: String,
+    /// Zone of the gateway for topology aware routing; the label of our Node object if absent.
+    #[serde(default)]
+    pub zone: Option<String>,
+    /// Ranges of pod addresses; podCIDRs of Nodes and addresses of Pods are known without them.
+    #[serde(default)]
+    pub cluster_cidrs: Vec<IpNet>,
+    /// Ranges that ClusterIPs are taken from. Inside them, an address without a Service is dropped.
+    #[serde(default)]
+    pub service_cidrs: Vec<IpNet>,
+    /// Where set, addresses of LoadBalancers must lie inside.
+    #[serde(default)]
+    pub load_balancer_cidrs: Vec<IpNet>,
+    /// externalIPs are honoured inside these ranges only; by default nowhere (CVE-2020-8554).
+    #[serde(default)]
+    pub external_ip_cidrs: Vec<IpNet>,
+    /// How replies come back when the client's address is kept.
+    #[serde(default, rename = "return")]
+    pub return_path: ReturnPath,
+    /// What `externalTrafficPolicy: Local` means here.
+    #[serde(default)]
+    pub external_traffic_policy: LocalPolicy,
+    /// Masquerade all traffic to ClusterIPs, as kube-proxy's `--masquerade-all`.
+    #[serde(default)]
+    pub masquerade_all: bool,
+    /// Own addresses that serve NodePorts, as prefixes that select among them; empty: the InternalIPs of our Node object,
+    /// and without one the first addresses of the ports.
+    #[serde(default)]
+    pub nodeport_addresses: Vec<IpNet>,
+    /// Any text, the same on every gateway, so that all of them choose alike for a flow that none of them knows.
+    #[serde(default = "default_lb_key")]
+    pub lb_key: String,
+}
+
+fn default_lb_key() -> String {
+    "towpath".to_owned()
+}
+
+/// How replies of flows that keep the client's address come back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReturnPath {
+    /// No promise: replies pass us only because we masquerade. Frontends that must keep the client's address are off.
+    #[default]
+    Snat,
+    /// The cluster routes replies to clients through this gateway.
+    Routed,
+}
+
+/// What `externalTrafficPolicy: Local` means on a gateway.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LocalPolicy {
+    /// The gateway is the load balancer in front: straight to a ready endpoint of any node, the client's address kept.
+    #[default]
+    Frontend,
+    /// As kube-proxy: endpoints on our own node only.
+    Literal,
+}
+
+/// `[snat]`: addresses and ports for masquerading.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SnatSection {
+    /// Addresses to masquerade to; empty: the address of the port that a packet leaves by.
+    pub addresses: Vec<IpAddr>,
+    /// Source ports that are ours alone.
+    pub ports: PortRange,
+}
+
+/// An inclusive range of ports, written `61000-65535`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortRange {
+    /// First port.
+    pub first: u16,
+    /// Last port, not less than the first.
+    pub last: u16,
+}
+
+impl Default for PortRange {
+    fn default() -> PortRange {
+        PortRange { first: 61000, last: 65535 }
+    }
+}
+
+impl PortRange {
+    /// True if any port is in both.
+    pub fn overlaps(self, other: PortRange) -> bool {
+        self.first <= other.last && other.first <= self.last
+    }
+
+    /// True if `port` is in the range.
+    pub fn contains(self, port: u16) -> bool {
+        (self.first..=self.last).contains(&port)
+    }
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.first, self.last)
+    }
+}
+
+impl FromStr for PortRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<PortRange, String> {
+        let bad = || "not a range of ports; write it as \"61000-65535\"".to_owned();
+        let (first, last) = text.split_once('-').ok_or_else(bad)?;
+        let range = PortRange {
+            first: first.trim().parse().map_err(|_| bad())?,
+            last: last.trim().parse().map_err(|_| bad())?,
+        };
+        if range.first > range.last { Err(bad()) } else { Ok(range) }
+    }
+}
+
+impl Serialize for PortRange {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for PortRange {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<PortRange, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+/// `[control]`: the control socket and the kept state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ControlSection {
+    /// Path of the control socket.
+    pub socket: PathBuf,
+    /// Members of this group may use the socket; absent: root and the daemon's own user only.
+    pub group: Option<String>,
+    /// Account that the data plane runs as; absent: `towpath` if it exists, else `nobody`.
+    pub user: Option<String>,
+    /// Where accepted objects are kept over restarts.
+    pub state_dir: PathBuf,
+    /// Bytes that unfinished changes of all clients together may take.
+    pub staging_bytes: u64,
+    /// Clients served at a time.
+    pub max_clients: u32,
+}
+
+impl Default for ControlSection {
+    fn default() -> ControlSection {
+        ControlSection {
+            socket: crate::control::DEFAULT_SOCKET.into(),
+            group: None,
+            user: None,
+            state_dir: "/var/lib/towpath".into(),
+            staging_bytes: 256 << 20,
+            max_clients: 64,
+        }
+    }
+}
+
+/// `[workers]`: threads that forward; worker i serves queue i of every port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WorkersSection {
+    /// CPUs, one worker each.
+    pub cpus: Vec<u32>,
+    /// What a worker does when there is nothing to do.
+    pub poll: Poll,
+}
+
+impl Default for WorkersSection {
+    fn default() -> WorkersSection {
+        WorkersSection { cpus: vec![1], poll: Poll::Adaptive }
+    }
+}
+
+/// What a worker does when there is nothing to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Poll {
+    /// Spins a little, then sleeps until packets come.
+    #[default]
+    Adaptive,
+    /// Spins: a whole CPU, the lowest latency.
+    Busy,
+}
+
+/// `[flows]`: the flow table. Timeouts are those of RFC 5382 (TCP), RFC 4787 (UDP) and RFC 5508 (ICMP).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FlowsSection {
+    /// Connections that fit.
+    pub capacity: u32,
+    /// File of the table, on a tmpfs.
+    pub region: PathBuf,
+    /// Clients that session affinity remembers, part of the capacity; absent: a quarter of it.
+    pub affinity_capacity: Option<u32>,
+    /// Idle seconds of an established TCP connection (RFC 5382 REQ-5: at least 2 h 4 min).
+    pub tcp_established_s: u32,
+    /// Idle seconds of a TCP connection that is opening or closing (RFC 5382 REQ-5: at least 4 min).
+    pub tcp_transitory_s: u32,
+    /// Idle seconds of a UDP flow with packets in both directions (RFC 4787 REQ-5: 5 min recommended).
+    pub udp_s: u32,
+    /// Idle seconds of a UDP flow without a reply.
+    pub udp_one_way_s: u32,
+    /// Idle seconds of a ping (RFC 5508 REQ-2: at least 60 s).
+    pub icmp_s: u32,
+}
+
+impl Default for FlowsSection {
+    fn default() -> FlowsSection {
+        FlowsSection {
+            capacity: 262_144,
+            region: "/run/towpath/flows".into(),
+            affinity_capacity: None,
+            tcp_established_s: 7_440,
+            tcp_transitory_s: 240,
+            udp_s: 300,
+            udp_one_way_s: 30,
+            icmp_s: 60,
+        }
+    }
+}
+
+/// `[rings]`: descriptors in the rings of each queue; powers of two.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RingsSection {
+    /// Receive ring.
+    pub rx: u32,
+    /// Transmit ring.
+    pub tx: u32,
+    /// Fill ring.
+    pub fill: u32,
+    /// Completion ring.
+    pub completion: u32,
+}
+
+impl Default for RingsSection {
+    fn default() -> RingsSection {
+        RingsSection { rx: 2048, tx: 2048, fill: 4096, completion: 2048 }
+    }
+}
+
+/// `[umem]`: packet memory, one area for each worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct UmemSection {
+    /// Bytes of a frame: 2048 or 4096.
+    pub chunk_size: u32,
+    /// Frames of a worker; absent: twice what the rings of all ports can hold.
+    pub frames: Option<u32>,
+    /// Take hugepages (2 MiB); they must have been reserved.
+    pub hugepages: bool,
+}
+
+impl Default for UmemSection {
+    fn default() -> UmemSection {
+        UmemSection { chunk_size: 4096, frames: None, hugepages: false }
+    }
+}
+
+/// `[[port]]`: an interface that packets are taken from and put on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortSection {
+    /// Name of the port in output and in `from`.
+    pub name: String,
+    /// Name of the network interface.
+    pub interface: String,
+    /// Who is behind it.
+    pub role: Role,
+    /// Serve ClusterIPs to clients outside the cluster that come in here.
+    #[serde(default)]
+    pub expose_cluster_ips: bool,
+    /// How packets are exchanged with the driver.
+    #[serde(default)]
+    pub mode: Mode,
+}
+
+/// Who is behind a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Clients.
+    Outside,
+    /// Nodes and pods.
+    Inside,
+    /// Both: a one-armed gateway.
+    Both,
+}
+
+impl Role {
+    /// Its word in the file.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Role::Outside => "outside",
+            Role::Inside => "inside",
+            Role::Both => "both",
+        }
+    }
+
+    /// True if clients are behind the port.
+    pub const fn is_outside(self) -> bool {
+        matches!(self, Role::Outside | Role::Both)
+    }
+
+    /// True if nodes and pods are behind the port.
+    pub const fn is_inside(self) -> bool {
+        matches!(self, Role::Inside | Role::Both)
+    }
+}
+
+/// How packets are exchanged with the driver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// The best that the driver has.
+    #[default]
+    Auto,
+    /// Zero copy, or refuse to start.
+    ZeroCopy,
+    /// XDP in the driver, packets copied, or refuse to start.
+    Copy,
+    /// XDP in the network stack, for drivers without XDP.
+    Generic,
+}
+
+impl FlowsSection {
+    /// Clients that session affinity remembers: `affinity_capacity`, or a quarter of the capacity.
+    pub fn affinity_entries(&self) -> u32 {
+        self.affinity_capacity.unwrap_or(self.capacity / 4)
+    }
+}
+
+impl Gateway {
+    /// Ports at most; the steering program numbers queues by port.
+    pub const MAX_PORTS: usize = 16;
+    /// Workers at most, and thus queues of a port.
+    pub const MAX_WORKERS: usize = 64;
+
+    /// Reads and checks a gateway file. `file` is its name in errors. Errors: all that were found, in file order.
+    pub fn parse(text: &str, file: &str) -> Result<Gateway, Vec<Fault>> {
+        let places = locate::Places::of(text);
+        let mut faults = match toml::from_str::<Gateway>(text) {
+            Ok(gateway) => match check::check(&gateway) {
+                faults if faults.is_empty() => return Ok(gateway),
+                faults => faults,
+            },
+            Err(error) => vec![places.describe(text, &error)],
+        };
+        for fault in &mut faults {
+            let line = match (&fault.source, &fault.field) {
+                (Some(known), _) => known.line,
+                (None, Some(field)) => places.line(text, field),
+                (None, None) => None,
+            };
+            fault.source = Some(Box::new(Source { file: file.to_owned(), document: 0, line }));
+        }
+        faults.sort_by_key(|fault| fault.source.as_ref().and_then(|source| source.line));
+        Err(faults)
+    }
+
+    /// Reads and checks the gateway file at `path`.
+    pub fn load(path: &Path) -> Result<Gateway, Vec<Fault>> {
+        let file = path.display().to_string();
+        match std::fs::read_to_string(path) {
+            Ok(text) => Gateway::parse(&text, &file),
+            Err(error) => {
+                let source = Source { file, ..Source::default() };
+                Err(vec![Fault::new(Code::Invalid, format!("cannot be read: {error}")).source(&source)])
+            }
+        }
+    }
+
+    /// Frames of one worker's packet memory: `[umem] frames`, or twice what the rings of all ports can hold.
+    pub fn frames_per_worker(&self) -> u32 {
+        self.umem.frames.unwrap_or_else(|| self.frames_in_rings().saturating_mul(2).next_power_of_two())
+    }
+
+    /// Frames that the rings of one worker's queues can hold at a time: a frame is in the fill or receive ring of its
+    /// port, or in a transmit or completion ring.
+    pub fn frames_in_rings(&self) -> u32 {
+        let per_port = self.rings.fill.max(self.rings.rx).saturating_add(self.rings.tx);
+        per_port.saturating_mul(self.ports.len() as u32)
+    }
+
+    /// Indexes of the ports that clients are behind.
+    pub fn outside_ports(&self) -> impl Iterator<Item = usize> {
+        self.ports.iter().enumerate().filter(|(_, port)| port.role.is_outside()).map(|(index, _)| index)
+    }
+
+    /// Indexes of the ports that nodes and pods are behind.
+    pub fn inside_ports(&self) -> impl Iterator<Item = usize> {
+        self.ports.iter().enumerate().filter(|(_, port)| port.role.is_inside()).map(|(index, _)| index)
+    }
+}
+
+/// Ring sizes that the kernel takes without falling back to scattered memory.
+pub(crate) const RING_SIZES: RangeInclusive<u32> = 64..=65_536;
+
+#[cfg(test)]
+mod tests;
