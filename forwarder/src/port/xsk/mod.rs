@@ -1,0 +1,3 @@
+//! Ports over AF_XDP.
+
+pub mod steer;
