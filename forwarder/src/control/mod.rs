@@ -1,3 +1,4 @@
 //! The walk of a command: socket -> validate -> state -> compile -> publish.
 
+pub mod persist;
 pub mod publish;
