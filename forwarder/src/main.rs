@@ -1,2 +1,75 @@
-//! placeholder
-fn main() {}
+//! `towpathd`: reads its command line and hands over to the keeper, or, started by the keeper, becomes the data plane.
+#![deny(unsafe_code)]
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use config::gateway::Gateway;
+use forwarder::keeper;
+
+/// Forwards packets of Kubernetes Services on a gateway node.
+#[derive(Parser)]
+#[command(name = "towpathd", version, arg_required_else_help = true, subcommand_negates_reqs = true)]
+struct Arguments {
+    /// Gateway file; runs in the foreground, logs to stderr, stops on SIGTERM and SIGINT.
+    #[arg(long, value_name = "FILE", required = true)]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Checks a gateway file against itself and this machine; exit code 1 if something is wrong.
+    Check {
+        /// The gateway file.
+        file: PathBuf,
+    },
+    /// Forwards; started by the keeper only.
+    #[command(hide = true)]
+    DataPlane {
+        /// Descriptor of the manifest.
+        #[arg(long)]
+        manifest_fd: i32,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("TOWPATH_LOG").unwrap_or_else(|_| "info".into()),
+        )
+        .init();
+    let outcome = match (arguments.command, arguments.config) {
+        (Some(Command::Check { file }), _) => check(&file),
+        (Some(Command::DataPlane { manifest_fd }), _) => keeper::data_plane::run(manifest_fd),
+        (None, Some(file)) => keeper::run(&file),
+        (None, None) => unreachable!("clap requires one of them"),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            for line in format!("{error:#}").lines() {
+                eprintln!("towpathd: {line}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What is wrong in the file itself is an error; what this machine lacks for it is one too, since the file is meant for it.
+fn check(file: &std::path::Path) -> anyhow::Result<()> {
+    let gateway = Gateway::load(file).map_err(keeper::all_faults)?;
+    let faults = keeper::preflight::check_file(&gateway);
+    if !faults.is_empty() {
+        return Err(keeper::all_faults(faults));
+    }
+    println!("{}: fine", file.display());
+    Ok(())
+}

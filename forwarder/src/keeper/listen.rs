@@ -1,0 +1,170 @@
+//! The control socket's file: private while it is made, then moved into place.
+//!
+//! Between bind(2) and chmod(2) a socket has whatever mode the umask left it, and a path that somebody else can write to
+//! may be a symlink by the time it is used. So the socket is bound in a directory that only we can enter, given its
+//! mode and group there, and renamed over the old one, which is atomic and follows nothing.
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt, chown};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use config::fault::{Code, Fault};
+use rustix::fs::Gid;
+
+use super::account::Account;
+
+/// The listening control socket. Dropping it removes its file.
+#[derive(Debug)]
+pub struct ControlSocket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl ControlSocket {
+    /// Listens at `path`, mode 0660, for members of `group` if there is one.
+    ///
+    /// The file of a daemon that is gone is replaced.
+    ///
+    /// # Errors
+    /// Somebody listens there, or the path is something else than a socket: the fault says what.
+    pub fn listen(path: &Path, group: Option<Gid>) -> Result<ControlSocket, Fault> {
+        let fault = |message: String, remedy: &str| {
+            Err(Fault::new(Code::Conflict, message)
+                .field("control.socket")
+                .value(path.display())
+                .remedy(remedy))
+        };
+        match fs::symlink_metadata(path) {
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
+            Err(cause) => {
+                return fault(format!("cannot be used: {cause}"), "name a path that root may write to");
+            }
+            Ok(meta) if !meta.file_type().is_socket() => {
+                return fault(
+                    "is taken by something that is not a socket".into(),
+                    "remove it, or name another path",
+                );
+            }
+            Ok(_) => {
+                if UnixStream::connect(path).is_ok() {
+                    return fault(
+                        "another daemon listens there".into(),
+                        "stop it first, or name another path",
+                    );
+                }
+            }
+        }
+        match bind_privately(path, group) {
+            Ok(listener) => Ok(ControlSocket { listener, path: path.into() }),
+            Err(cause) => fault(format!("cannot be made: {cause}"), "name a path that root may write to"),
+        }
+    }
+
+    /// The socket, to be handed to the data plane.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+}
+
+impl Drop for ControlSocket {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure, and the next start replaces a stale file.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn bind_privately(path: &Path, group: Option<Gid>) -> io::Result<UnixListener> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
+    let private = parent.join(format!(".control.{}", std::process::id()));
+    let _ = fs::remove_dir_all(&private);
+    DirBuilder::new().mode(0o700).create(&private)?;
+    let made = private.join("socket");
+    let result = (|| {
+        let listener = UnixListener::bind(&made)?;
+        fs::set_permissions(&made, Permissions::from_mode(0o660))?;
+        if let Some(group) = group {
+            chown(&made, None, Some(group.as_raw()))?;
+        }
+        listener.set_nonblocking(false)?;
+        fs::rename(&made, path)?;
+        Ok(listener)
+    })();
+    let _ = fs::remove_dir_all(&private);
+    result
+}
+
+/// Makes the directory of accepted objects, if needed, and gives it and its files to the data plane's account.
+///
+/// # Errors
+/// It cannot be made, or is no directory.
+pub fn make_state_dir(path: &Path, account: &Account) -> Result<(), Fault> {
+    let own = || -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o750).create(path)?;
+        if !rustix::process::geteuid().is_root() {
+            return Ok(());
+        }
+        // The account may have changed since the last start. Links are not followed: the directory belongs to an account
+        // without privileges, which must not get a file of ours this way.
+        std::os::unix::fs::lchown(path, Some(account.uid), Some(account.gid))?;
+        for entry in fs::read_dir(path)? {
+            let entry = entry?;
+            if entry.file_type()?.is_file() {
+                std::os::unix::fs::lchown(entry.path(), Some(account.uid), Some(account.gid))?;
+            }
+        }
+        Ok(())
+    };
+    own().map_err(|cause| {
+        Fault::new(Code::Storage, format!("cannot be used: {cause}"))
+            .field("control.state_dir")
+            .value(path.display())
+            .remedy("name a directory that root may write to, such as /var/lib/towpath")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mode_is_0660_and_the_file_goes_with_the_daemon() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run/control.sock");
+        let socket = ControlSocket::listen(&path, None).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
+        UnixStream::connect(&path).unwrap();
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "the private directory is gone");
+        drop(socket);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_stale_file_is_replaced_and_a_live_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        let live = ControlSocket::listen(&path, None).unwrap();
+        let refused = ControlSocket::listen(&path, None).unwrap_err().to_string();
+        assert!(refused.contains("control.socket") && refused.contains("another daemon"), "{refused}");
+        drop(live);
+    }
+
+    #[test]
+    fn files_and_symlinks_are_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("precious");
+        fs::write(&target, "data").unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        for path in [&target, &link] {
+            assert!(ControlSocket::listen(path, None).unwrap_err().to_string().contains("not a socket"));
+        }
+        assert_eq!(fs::read_to_string(&target).unwrap(), "data");
+    }
+}

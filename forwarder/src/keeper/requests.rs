@@ -1,0 +1,252 @@
+//! What the data plane asks of the keeper: the few things that need a privilege.
+//!
+//! JSON lines over a socket pair. The data plane asks, the keeper answers, one at a time. The keeper trusts none of it: a
+//! line is bounded, garbage ends the data plane, and the worst that a valid request can do is to steer packets to workers.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::IpAddr;
+use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::port::xsk::steer::{Contents, SteerChange};
+
+/// Longest line in either direction, bytes. The contents of full steering maps fit.
+pub const MAX_LINE_BYTES: u64 = 64 << 20;
+
+/// Entries of a [`SteerChange`] in one request: the keeper looks after other things between them.
+const CHANGE_ENTRIES: usize = 1_000;
+
+/// What the data plane asks.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// The workers forward.
+    Ready,
+    /// What do the steering maps hold? Answer: [`Reply::Contents`].
+    SteerContents,
+    /// Change the steering maps. What was applied before an error stays applied.
+    Steer(SteerChange),
+    /// The counters of the steering program, in its order. Answer: [`Reply::Counters`].
+    SteerCounters,
+    /// Keep a next hop resolved from now on (NTF_MANAGED), or no longer.
+    Neighbor {
+        /// Interface that it is reached by.
+        ifindex: u32,
+        /// Its address.
+        addr: IpAddr,
+        /// `false`: no longer.
+        managed: bool,
+    },
+}
+
+/// What the keeper answers.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// It is done.
+    Done,
+    /// As a change from nothing.
+    Contents(SteerChange),
+    /// In the order of [`SteerCounter`](crate::port::xsk::steer::SteerCounter).
+    Counters(Vec<u64>),
+    /// It could not be done, in words for the operator.
+    Failed(String),
+}
+
+/// Why the keeper did not do what it was asked.
+#[derive(Debug, Error)]
+pub enum AskError {
+    /// The keeper is gone, and this process is about to be.
+    #[error("the keeper does not answer: {0}")]
+    Gone(#[from] io::Error),
+    /// It tried and could not.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// The data plane's end. Any thread; one request at a time.
+#[derive(Debug)]
+pub struct Keeper {
+    stream: Mutex<BufReader<UnixStream>>,
+}
+
+impl Keeper {
+    /// `stream`: this process's end of the socket pair.
+    pub fn new(stream: UnixStream) -> Keeper {
+        Keeper { stream: Mutex::new(BufReader::new(stream)) }
+    }
+
+    fn ask(&self, request: &Request) -> Result<Reply, AskError> {
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        stream.get_mut().write_all(&to_line(request))?;
+        match read_line(&mut *stream)? {
+            Some(Reply::Failed(message)) => Err(AskError::Failed(message)),
+            Some(reply) => Ok(reply),
+            None => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+        }
+    }
+
+    /// Says that the workers forward.
+    ///
+    /// # Errors
+    /// The keeper is gone.
+    pub fn ready(&self) -> Result<(), AskError> {
+        self.ask(&Request::Ready).map(drop)
+    }
+
+    /// What the steering maps hold.
+    ///
+    /// # Errors
+    /// The keeper is gone.
+    pub fn steer_contents(&self) -> Result<Contents, AskError> {
+        let mut contents = Contents::default();
+        if let Reply::Contents(change) = self.ask(&Request::SteerContents)? {
+            contents.apply(&change);
+        }
+        Ok(contents)
+    }
+
+    /// Changes the steering maps and returns when it is done.
+    ///
+    /// # Errors
+    /// A map is full: the message names the setting to raise. What was applied before stays applied.
+    pub fn steer(&self, change: SteerChange) -> Result<(), AskError> {
+        change
+            .split(CHANGE_ENTRIES)
+            .into_iter()
+            .try_for_each(|part| self.ask(&Request::Steer(part)).map(drop))
+    }
+
+    /// The counters of the steering program, in the order of [`SteerCounter`](crate::port::xsk::steer::SteerCounter).
+    ///
+    /// # Errors
+    /// The kernel refused the read.
+    pub fn steer_counters(&self) -> Result<Vec<u64>, AskError> {
+        match self.ask(&Request::SteerCounters)? {
+            Reply::Counters(counters) => Ok(counters),
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// Has the kernel keep a next hop resolved from now on, or no longer.
+    ///
+    /// # Errors
+    /// The kernel refused it.
+    pub fn manage_neighbor(&self, ifindex: u32, addr: IpAddr, managed: bool) -> Result<(), AskError> {
+        self.ask(&Request::Neighbor { ifindex, addr, managed }).map(drop)
+    }
+}
+
+/// A message as a line, newline included.
+pub fn to_line<T: Serialize>(message: &T) -> Vec<u8> {
+    let mut line = serde_json::to_vec(message).expect("messages have string keys only");
+    line.push(b'\n');
+    line
+}
+
+/// Reads one message; `None` at the end of the stream.
+///
+/// # Errors
+/// The line is too long or no such message.
+pub fn read_line<T: serde::de::DeserializeOwned>(stream: &mut impl BufRead) -> io::Result<Option<T>> {
+    let mut line = Vec::new();
+    stream.take(MAX_LINE_BYTES).read_until(b'\n', &mut line)?;
+    if line.is_empty() {
+        return Ok(None);
+    }
+    serde_json::from_slice(&line).map(Some).map_err(io::Error::from)
+}
+
+/// The keeper's end: bytes come in without waiting, whole lines go out.
+#[derive(Debug)]
+pub struct Requests {
+    stream: UnixStream,
+    pending: Vec<u8>,
+}
+
+impl Requests {
+    /// `stream`: the keeper's end of the socket pair.
+    pub fn new(stream: UnixStream) -> Requests {
+        Requests { stream, pending: Vec::new() }
+    }
+
+    /// The descriptor to poll.
+    pub fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// Takes what has arrived and answers every whole request in it. Call when the stream is readable.
+    ///
+    /// # Errors
+    /// The data plane is gone, or spoke nonsense.
+    pub fn answer(&mut self, mut act: impl FnMut(Request) -> Reply) -> io::Result<()> {
+        let mut chunk = [0; 65_536];
+        let count = self.stream.read(&mut chunk)?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.pending.extend_from_slice(&chunk[..count]);
+        while let Some(end) = self.pending.iter().position(|byte| *byte == b'\n') {
+            let request = serde_json::from_slice(&self.pending[..end])?;
+            self.pending.drain(..=end);
+            self.stream.write_all(&to_line(&act(request)))?;
+        }
+        if self.pending.len() as u64 > MAX_LINE_BYTES {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a request of more than 64 MiB"));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::port::xsk::steer::{AddressEntry, SteerChange};
+
+    fn a_change(entries: u8) -> SteerChange {
+        let entry = AddressEntry { flags: 1, snat_first: 1, snat_last: 0 };
+        let addresses = (0..entries).map(|low| (IpAddr::from([203, 0, 113, low]), Some(entry))).collect();
+        SteerChange { addresses, ..SteerChange::default() }
+    }
+
+    #[test]
+    fn asks_and_is_answered() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let keeper = std::thread::spawn(move || {
+            let mut requests = Requests::new(theirs);
+            let mut contents = Contents::default();
+            while requests
+                .answer(|request| match request {
+                    Request::Steer(change) if change.len() == 3 => Reply::Failed("full".into()),
+                    Request::Steer(change) => {
+                        contents.apply(&change);
+                        Reply::Done
+                    }
+                    Request::SteerContents => Reply::Contents(Contents::default().difference(&contents).0),
+                    Request::SteerCounters => Reply::Counters(vec![7, 8]),
+                    _ => Reply::Done,
+                })
+                .is_ok()
+            {}
+        });
+        let data_plane = Keeper::new(ours);
+        data_plane.ready().unwrap();
+        data_plane.steer(a_change(200)).unwrap();
+        assert_eq!(data_plane.steer_contents().unwrap().addresses.len(), 200);
+        assert_eq!(data_plane.steer_counters().unwrap(), [7, 8]);
+        assert!(matches!(data_plane.steer(a_change(3)), Err(AskError::Failed(message)) if message == "full"));
+        drop(data_plane);
+        keeper.join().unwrap();
+    }
+
+    #[test]
+    fn garbage_is_an_error_and_not_a_request() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.write_all(b"{\"format_disk\":{}}\n").unwrap();
+        let mut requests = Requests::new(theirs);
+        assert!(requests.answer(|request| panic!("{request:?}")).is_err());
+    }
+}

@@ -1,0 +1,107 @@
+//! The way back to the kernel for packets that turned out not to be ours: one TAP for each port.
+//!
+//! What is written to the TAP goes through a small program at its ingress on to the ingress of the port, as if the port
+//! had just received it (`towpath_punt` in steer.bpf.c): so reverse-path filters, firewall rules, captures and
+//! ICMP redirects see the interface that the packet really came in by, and no address or route has to be given to
+//! the TAP. That road leads past a steering program in the driver, but not past one in the generic path, which
+//! would steer the packet once more. There the TAP itself receives the packet, with the port's MAC address
+//! and without a reverse-path filter.
+
+#![allow(unsafe_code)] // ioctl(2) has no safe wrapper for these requests.
+
+use std::fs::File;
+use std::io;
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+
+/// A TAP that exists as long as its descriptor does.
+#[derive(Debug)]
+pub struct Tap {
+    file: File,
+    name: String,
+    ifindex: u32,
+}
+
+impl Tap {
+    /// Creates a TAP named `towpathN` with the MAC address of `port`, and sets it up.
+    ///
+    /// `receives`: packets are to be received by the TAP itself, not redirected.
+    ///
+    /// # Errors
+    /// `/dev/net/tun` is missing or CAP_NET_ADMIN is.
+    pub fn create(port: &str, receives: bool) -> io::Result<Tap> {
+        let file =
+            File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
+        let mut request = request_for("towpath%d")?;
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as i16;
+        ioctl(file.as_fd(), libc::TUNSETIFF, &mut request)?;
+        let name: String = request
+            .ifr_name
+            .iter()
+            .map(|byte| *byte as u8)
+            .take_while(|byte| *byte != 0)
+            .map(char::from)
+            .collect();
+
+        let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+        let mut address = request_for(port)?;
+        ioctl(socket.as_fd(), libc::SIOCGIFHWADDR, &mut address)?;
+        address.ifr_name = request.ifr_name;
+        ioctl(socket.as_fd(), libc::SIOCSIFHWADDR, &mut address)?;
+        // No IPv6 of its own: no address, no routes, no neighbor discovery. Not there without IPv6, which is as good.
+        let conf = |family: &str, key: &str, value: &str| {
+            let _ = std::fs::write(format!("/proc/sys/net/{family}/conf/{name}/{key}"), value);
+        };
+        if receives {
+            conf("ipv6", "addr_gen_mode", "1");
+            conf("ipv4", "rp_filter", "0");
+            conf("ipv4", "accept_local", "1");
+        } else {
+            conf("ipv6", "disable_ipv6", "1");
+        }
+        let mut flags = request_for(&name)?;
+        flags.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_NOARP) as i16;
+        ioctl(socket.as_fd(), libc::SIOCSIFFLAGS, &mut flags)?;
+        let ifindex = rustix::net::netdevice::name_to_index(&socket, &name)?;
+        Ok(Tap { file, name, ifindex })
+    }
+
+    /// Name of the interface.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Index of the interface.
+    pub fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+}
+
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn request_for(interface: &str) -> io::Result<libc::ifreq> {
+    // SAFETY: `ifreq` is integers, bytes and pointers that may be null: all zeroes is a value of it.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    if interface.len() >= request.ifr_name.len() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "an interface name of more than 15 bytes"));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes()) {
+        *to = from as libc::c_char;
+    }
+    Ok(request)
+}
+
+fn ioctl(fd: BorrowedFd<'_>, request: libc::Ioctl, argument: &mut libc::ifreq) -> io::Result<()> {
+    // SAFETY: every request used here reads and writes one `ifreq` at the pointer, which is exclusive and live.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), request, argument) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
