@@ -2,3 +2,4 @@
 
 pub mod persist;
 pub mod publish;
+pub mod socket;
