@@ -1,0 +1,586 @@
+//! A kernel snapshot to the forwarding table. Pure: no socket, no clock.
+//!
+//! What the kernel does by asking the tables local, main and default one after the other, one longest-prefix match does here:
+//! a prefix of a later table that an earlier one covers is left out, for it is never reached
+//! (`ip-rule(8)`; `net/ipv4/fib_rules.c`). Policy rules beyond those three are not followed.
+//!
+//! - **Multipath**: the first hop that is up and whose neighbor does not fail carries everything, so that the choice is stable.
+//! - **Pod routes**, made of Node objects, rank below kernel routes of equal length: an explicit route of an operator or a routing
+//!   daemon wins. Their gateway is looked up among kernel routes only, so one step of recursion always suffices.
+//! - **Neighbors** become host routes where their address is on the link that they were seen on.
+//! - **Link-local and multicast** destinations are the kernel's: they are never forwarded (RFC 4291 section 2.5.6).
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use super::snapshot::{Hop, KernelRoute, Neighbor, RouteKind, Snapshot, Table};
+use crate::addr::Addr;
+use crate::table::lpm::Lpm;
+use crate::tables::{Fib, NextHop, PortLink, Route};
+
+/// What Kubernetes objects ask of the forwarding table.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// podCIDRs with the InternalIP of their Node, of the same family.
+    pub pod_routes: Vec<(IpNet, Addr)>,
+    /// Endpoints: those on a link of ours are kept resolved before the first packet wants them.
+    pub endpoints: Vec<Addr>,
+}
+
+/// A forwarding table before it is published; comparable, so that nothing is published twice.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Forwarding {
+    /// Sorted, each prefix once.
+    pub routes: Vec<(IpNet, Route)>,
+    /// Indexed by [`Route::NextHop`].
+    pub next_hops: Vec<NextHop>,
+    /// Per port, by index.
+    pub ports: Vec<PortLink>,
+    /// Gateways and endpoints to keep resolved in the kernel: interface index and address.
+    pub needed: BTreeSet<(u32, Addr)>,
+    /// Other neighbors that packets can be sent to, to be kept as fresh.
+    pub learned: BTreeSet<(u32, Addr)>,
+    /// podCIDRs that are left out since no route leads to their node.
+    pub unreachable_pods: Vec<IpNet>,
+}
+
+impl Forwarding {
+    /// The table as workers read it. `epoch`: never 0.
+    pub fn to_fib(&self, epoch: u32) -> Fib {
+        Fib {
+            epoch,
+            routes: Arc::new(Lpm::build(self.routes.iter().copied())),
+            next_hops: self.next_hops.clone(),
+            ports: self.ports.clone(),
+        }
+    }
+}
+
+/// Builds the forwarding table. `ports`: interface name of each port, by port index (at most 255); an interface that does not exist
+/// gives a port that is down.
+pub fn build(snapshot: &Snapshot, wanted: &Wanted, ports: &[String]) -> Forwarding {
+    let mut builder = Builder { snapshot, ports: HashMap::new(), forwarding: Forwarding::default() };
+    builder.ports(ports);
+    let kernel = builder.kernel_routes();
+    let mut targets = builder.pod_routes(kernel, &wanted.pod_routes);
+    builder.neighbors(&mut targets, &wanted.endpoints);
+    builder.finish(targets)
+}
+
+/// Where a prefix leads, before next hops are numbered. MTU in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Target {
+    Gateway { port: u8, link: u32, gateway: Addr, mtu: u16 },
+    OnLink { port: u8, link: u32, mtu: u16 },
+    Local,
+    Kernel,
+    Blackhole,
+}
+
+struct Builder<'a> {
+    snapshot: &'a Snapshot,
+    /// Port and MTU of an interface, by its index.
+    ports: HashMap<u32, (u8, u16)>,
+    forwarding: Forwarding,
+}
+
+impl Builder<'_> {
+    fn ports(&mut self, names: &[String]) {
+        for (port, name) in names.iter().enumerate() {
+            let Some(link) = self.snapshot.link(name) else {
+                self.forwarding.ports.push(PortLink::default());
+                continue;
+            };
+            let mtu = link.mtu.min(u16::MAX as u32) as u16;
+            self.ports.insert(link.index, (port as u8, mtu));
+            self.forwarding.ports.push(PortLink {
+                mac: link.mac.unwrap_or_default(),
+                mtu,
+                up: link.up,
+                v4: self.source(link.index, true),
+                v6: self.source(link.index, false),
+            });
+        }
+    }
+
+    /// The first global address of a link, a primary one if there is one.
+    fn source(&self, link: u32, v4: bool) -> Option<Addr> {
+        let of_link = |secondary| {
+            self.snapshot.addresses.iter().find(move |a| {
+                a.link == link && a.addr.is_ipv4() == v4 && a.global && a.usable && a.secondary == secondary
+            })
+        };
+        of_link(false).or_else(|| of_link(true)).map(|a| a.addr.into())
+    }
+
+    /// The best route to each prefix, without those that an earlier table hides.
+    fn kernel_routes(&self) -> Prefixes {
+        let mut tables: BTreeMap<Table, Prefixes> = BTreeMap::new();
+        for address in self.snapshot.addresses.iter().filter(|a| a.usable) {
+            tables.entry(Table::Local).or_default().insert(address.addr.into(), Target::Local);
+        }
+        let mut metrics: HashMap<(Table, IpNet), u32> = HashMap::new();
+        for route in self.snapshot.routes.iter().filter(|r| !is_v4_mapped(&r.net)) {
+            let Some(target) = self.target(route) else { continue };
+            let best = metrics.entry((route.table, route.net)).or_insert(u32::MAX);
+            let table = tables.entry(route.table).or_default();
+            // Of two routes with one metric the kernel takes the one that it lists first.
+            if route.metric < *best || !table.contains(&route.net) {
+                *best = route.metric;
+                table.insert(route.net, target);
+            }
+        }
+        let mut seen = Prefixes::default();
+        for (_, table) in tables {
+            let reached: Vec<_> = table.entries.into_iter().filter(|(net, _)| !seen.covers(net)).collect();
+            for (net, target) in reached {
+                seen.insert(net, target);
+            }
+        }
+        seen
+    }
+
+    /// Where a route leads; none if the kernel skips it, too.
+    fn target(&self, route: &KernelRoute) -> Option<Target> {
+        const PROTOCOL_KERNEL: u8 = 2;
+        match route.kind {
+            _ if is_link_scoped(&route.net) => Some(Target::Local),
+            RouteKind::Local => Some(Target::Local),
+            // IPv6 answers "no route" with a reject route of the last metric.
+            RouteKind::Blackhole if route.metric == u32::MAX && route.protocol == PROTOCOL_KERNEL => None,
+            RouteKind::Blackhole => Some(Target::Blackhole),
+            RouteKind::Other => Some(Target::Kernel),
+            RouteKind::Unicast => self.hop(&route.hops).map(|hop| self.by_hop(hop, route.mtu)),
+        }
+    }
+
+    /// The first hop that works; failing that, the first that is not dead.
+    fn hop<'r>(&self, hops: &'r [Hop]) -> Option<&'r Hop> {
+        let fails = |hop: &Hop| {
+            let neighbor =
+                hop.gateway.and_then(|gateway| self.snapshot.neighbors.get(&(hop.link, gateway.into())));
+            neighbor.is_some_and(|n| n.state & Neighbor::FAILED != 0)
+        };
+        let works = |hop: &&Hop| !hop.dead && !hop.link_down && !fails(hop);
+        hops.iter().find(works).or_else(|| hops.iter().find(|hop| !hop.dead))
+    }
+
+    fn by_hop(&self, hop: &Hop, route_mtu: Option<u32>) -> Target {
+        let Some(&(port, link_mtu)) = self.ports.get(&hop.link).filter(|_| !hop.encapsulated) else {
+            return Target::Kernel;
+        };
+        let mtu = route_mtu.map_or(link_mtu, |mtu| mtu.min(link_mtu as u32) as u16);
+        match hop.gateway {
+            Some(gateway) => Target::Gateway { port, link: hop.link, gateway: gateway.into(), mtu },
+            None => Target::OnLink { port, link: hop.link, mtu },
+        }
+    }
+
+    /// Adds the podCIDRs, each by the way that its node is reached.
+    fn pod_routes(&mut self, kernel: Prefixes, pod_routes: &[(IpNet, Addr)]) -> Prefixes {
+        let mut added = Vec::new();
+        for &(net, node) in pod_routes {
+            let net = net.trunc();
+            if kernel.contains(&net) || kernel.local_covers(&net) {
+                continue;
+            }
+            match kernel.lookup(node) {
+                Some(Target::OnLink { port, link, mtu }) => {
+                    added.push((net, Target::Gateway { port, link, gateway: node, mtu }));
+                }
+                // Pods of the gateway's own node are the kernel's.
+                Some(Target::Local) => added.push((net, Target::Kernel)),
+                Some(other) => added.push((net, other)),
+                None => self.forwarding.unreachable_pods.push(net),
+            }
+        }
+        let mut targets = kernel;
+        for (net, target) in added {
+            targets.insert(net, target);
+        }
+        targets
+    }
+
+    /// Adds a host route for each resolved neighbor, and notes which ones to keep resolved.
+    fn neighbors(&mut self, targets: &mut Prefixes, endpoints: &[Addr]) {
+        let mut hosts = Vec::new();
+        for (&(link, addr), neighbor) in &self.snapshot.neighbors {
+            if neighbor.valid_mac().is_none() || is_link_scoped(&host(addr)) {
+                continue;
+            }
+            if let Some(Target::OnLink { port, link: of_route, mtu }) = targets.lookup(addr)
+                && of_route == link
+            {
+                hosts.push((host(addr), Target::Gateway { port, link, gateway: addr, mtu }));
+                self.forwarding.learned.insert((link, addr));
+            }
+        }
+        for &addr in endpoints {
+            if let Some(Target::OnLink { link, .. }) = targets.lookup(addr) {
+                self.forwarding.needed.insert((link, addr));
+            }
+        }
+        for target in targets.entries.values() {
+            if let Target::Gateway { link, gateway, .. } = *target {
+                self.forwarding.needed.insert((link, gateway));
+            }
+        }
+        let needed = &self.forwarding.needed;
+        self.forwarding.learned.retain(|neighbor| !needed.contains(neighbor));
+        for (net, target) in hosts {
+            targets.insert(net, target);
+        }
+    }
+
+    /// Sorts the routes and numbers the next hops in their order.
+    fn finish(self, targets: Prefixes) -> Forwarding {
+        let mut forwarding = self.forwarding;
+        let mut numbers: HashMap<(u8, Addr, u16), u32> = HashMap::new();
+        let sorted: BTreeMap<IpNet, Target> = targets.entries.into_iter().collect();
+        for (net, target) in sorted {
+            let route = match target {
+                Target::OnLink { port, .. } => Route::OnLink { port },
+                Target::Local => Route::Local,
+                Target::Kernel => Route::Kernel,
+                Target::Blackhole => Route::Blackhole,
+                Target::Gateway { port, link, gateway, mtu } => {
+                    Route::NextHop(*numbers.entry((port, gateway, mtu)).or_insert_with(|| {
+                        let mac = self.snapshot.neighbors.get(&(link, gateway)).and_then(Neighbor::valid_mac);
+                        forwarding.next_hops.push(NextHop { port, gateway, mac, mtu });
+                        forwarding.next_hops.len() as u32 - 1
+                    }))
+                }
+            };
+            forwarding.routes.push((net, route));
+        }
+        forwarding
+    }
+}
+
+/// Prefixes to targets with the two questions that building asks. A lookup costs one probe per prefix length in use.
+#[derive(Default)]
+struct Prefixes {
+    entries: HashMap<IpNet, Target>,
+    v4_lengths: BTreeSet<u8>,
+    v6_lengths: BTreeSet<u8>,
+}
+
+impl Prefixes {
+    fn insert(&mut self, net: IpNet, target: Target) {
+        let lengths = if net.addr().is_ipv4() { &mut self.v4_lengths } else { &mut self.v6_lengths };
+        lengths.insert(net.prefix_len());
+        self.entries.insert(net, target);
+    }
+
+    fn contains(&self, net: &IpNet) -> bool {
+        self.entries.contains_key(net)
+    }
+
+    /// The entries that contain `net`, the longest first.
+    fn covering(&self, net: IpNet) -> impl Iterator<Item = Target> {
+        let lengths = if net.addr().is_ipv4() { &self.v4_lengths } else { &self.v6_lengths };
+        lengths.range(..=net.prefix_len()).rev().filter_map(move |len| {
+            let wider = IpNet::new(net.addr(), *len).ok()?.trunc();
+            self.entries.get(&wider).copied()
+        })
+    }
+
+    fn covers(&self, net: &IpNet) -> bool {
+        self.covering(*net).next().is_some()
+    }
+
+    /// True if `net` lies inside a local prefix, so that no route inside it is ever asked.
+    fn local_covers(&self, net: &IpNet) -> bool {
+        self.covering(*net).any(|target| target == Target::Local)
+    }
+
+    fn lookup(&self, addr: Addr) -> Option<Target> {
+        self.covering(host(addr)).next()
+    }
+}
+
+/// The prefix of one address.
+fn host(addr: Addr) -> IpNet {
+    IpAddr::from(addr).into()
+}
+
+/// True for link-local and multicast prefixes.
+fn is_link_scoped(net: &IpNet) -> bool {
+    match net {
+        IpNet::V4(v4) => v4.addr().is_multicast() && v4.prefix_len() >= 4,
+        IpNet::V6(v6) => {
+            (v6.addr().is_multicast() && v6.prefix_len() >= 8)
+                || (v6.addr().is_unicast_link_local() && v6.prefix_len() >= 10)
+        }
+    }
+}
+
+/// True for prefixes inside `::ffff:0:0/96`, which never appear on a wire and would be mistaken for IPv4 here.
+fn is_v4_mapped(net: &IpNet) -> bool {
+    matches!(net, IpNet::V6(v6) if v6.prefix_len() >= 96 && v6.addr().to_ipv4_mapped().is_some())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::snapshot::{Address, Link};
+    use super::*;
+
+    const REACHABLE: u16 = 0x02;
+    const INCOMPLETE: u16 = 0x01;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    fn via(link: u32, gateway: &str) -> Hop {
+        let gateway = (!gateway.is_empty()).then(|| ip(gateway));
+        Hop { link, gateway, dead: false, link_down: false, encapsulated: false }
+    }
+
+    fn route(table: Table, dst: &str, kind: RouteKind, hop: Hop) -> KernelRoute {
+        KernelRoute { table, net: net(dst), kind, metric: 0, hops: vec![hop], mtu: None, protocol: 4 }
+    }
+
+    fn unicast(dst: &str, link: u32, gateway: &str) -> KernelRoute {
+        route(Table::Main, dst, RouteKind::Unicast, via(link, gateway))
+    }
+
+    /// Ports g0 (index 2, 192.0.2.1/24) and g1 (index 3, 10.0.0.1/24, fd00::1/64); eth9 (index 9) is no port.
+    struct World {
+        links: Vec<Link>,
+        addresses: Vec<Address>,
+        routes: Vec<KernelRoute>,
+        neighbors: BTreeMap<(u32, Addr), Neighbor>,
+        wanted: Wanted,
+    }
+
+    impl World {
+        fn new() -> World {
+            let link = |index, name: &str, last| Link {
+                index,
+                name: name.into(),
+                mac: Some([2, 0, 0, 0, 0, last]),
+                mtu: 1500,
+                up: true,
+            };
+            let address = |link, addr: &str, prefix_len| Address {
+                link,
+                addr: ip(addr),
+                prefix_len,
+                global: true,
+                usable: true,
+                secondary: false,
+            };
+            World {
+                links: vec![link(2, "g0", 2), link(3, "g1", 3), link(9, "eth9", 9)],
+                addresses: vec![
+                    address(2, "192.0.2.1", 24),
+                    address(3, "10.0.0.1", 24),
+                    address(3, "fd00::1", 64),
+                ],
+                routes: vec![
+                    unicast("192.0.2.0/24", 2, ""),
+                    unicast("10.0.0.0/24", 3, ""),
+                    unicast("fd00::/64", 3, ""),
+                    unicast("0.0.0.0/0", 2, "192.0.2.254"),
+                ],
+                neighbors: BTreeMap::new(),
+                wanted: Wanted::default(),
+            }
+        }
+
+        fn neighbor(&mut self, link: u32, addr: &str, state: u16, last: u8) {
+            let mac = Some([2, 0, 0, 0, 1, last]);
+            self.neighbors
+                .insert((link, ip(addr).into()), Neighbor { mac, state, managed: false, protocol: 0 });
+        }
+
+        fn pod_route(&mut self, dst: &str, node: &str) {
+            self.wanted.pod_routes.push((net(dst), ip(node).into()));
+        }
+
+        fn build(&self) -> Forwarding {
+            let snapshot = Snapshot {
+                links: Arc::new(self.links.iter().map(|l| (l.index, l.clone())).collect()),
+                addresses: Arc::new(self.addresses.clone()),
+                routes: Arc::new(self.routes.clone()),
+                neighbors: self.neighbors.clone(),
+                foreign_rules: 0,
+            };
+            build(&snapshot, &self.wanted, &["g0".into(), "g1".into()])
+        }
+    }
+
+    fn lookup(forwarding: &Forwarding, addr: &str) -> Option<Route> {
+        forwarding.to_fib(1).routes.lookup(ip(addr).into())
+    }
+
+    fn next_hop(forwarding: &Forwarding, addr: &str) -> NextHop {
+        match lookup(forwarding, addr) {
+            Some(Route::NextHop(n)) => forwarding.next_hops[n as usize],
+            other => panic!("{addr} leads to {other:?}"),
+        }
+    }
+
+    #[test]
+    fn connected_own_and_default_destinations() {
+        let mut world = World::new();
+        world.neighbor(2, "192.0.2.254", REACHABLE, 254);
+        let forwarding = world.build();
+        assert_eq!(lookup(&forwarding, "10.0.0.1"), Some(Route::Local));
+        assert_eq!(lookup(&forwarding, "fd00::1"), Some(Route::Local));
+        assert_eq!(lookup(&forwarding, "10.0.0.7"), Some(Route::OnLink { port: 1 }));
+        assert_eq!(lookup(&forwarding, "fd00::7"), Some(Route::OnLink { port: 1 }));
+        assert_eq!(lookup(&forwarding, "2001:db8::1"), None);
+        let hop = next_hop(&forwarding, "198.51.100.1");
+        assert_eq!((hop.port, hop.mac, hop.mtu), (0, Some([2, 0, 0, 0, 1, 254]), 1500));
+        assert_eq!(hop.gateway, ip("192.0.2.254").into());
+        assert_eq!(forwarding.ports[1].v6, Some(ip("fd00::1").into()));
+        assert_eq!(forwarding.ports[0].v6, None);
+    }
+
+    #[test]
+    fn a_neighbor_is_a_host_route_only_where_it_is_on_the_link_and_valid() {
+        let mut world = World::new();
+        world.neighbor(3, "10.0.0.7", REACHABLE, 7);
+        world.neighbor(3, "10.0.0.8", INCOMPLETE, 8);
+        world.neighbor(3, "10.0.0.9", Neighbor::FAILED, 9);
+        world.neighbor(2, "10.0.0.10", REACHABLE, 10); // seen on the wrong link
+        world.neighbor(9, "10.9.0.1", REACHABLE, 11); // no port of ours
+        let forwarding = world.build();
+        assert_eq!(next_hop(&forwarding, "10.0.0.7").mac, Some([2, 0, 0, 0, 1, 7]));
+        for unresolved in ["10.0.0.8", "10.0.0.9", "10.0.0.10"] {
+            assert_eq!(lookup(&forwarding, unresolved), Some(Route::OnLink { port: 1 }), "{unresolved}");
+        }
+        assert_eq!(forwarding.learned, BTreeSet::from([(3, ip("10.0.0.7").into())]));
+    }
+
+    #[test]
+    fn the_lower_metric_wins_and_of_equals_the_first() {
+        let mut world = World::new();
+        let with_metric = |metric, gateway| KernelRoute { metric, ..unicast("203.0.113.0/24", 3, gateway) };
+        world.routes.extend([
+            with_metric(20, "10.0.0.20"),
+            with_metric(10, "10.0.0.10"),
+            with_metric(10, "10.0.0.11"),
+        ]);
+        assert_eq!(next_hop(&world.build(), "203.0.113.5").gateway, ip("10.0.0.10").into());
+    }
+
+    #[test]
+    fn local_table_hides_longer_prefixes_of_main_and_main_hides_default() {
+        let mut world = World::new();
+        world.routes.push(route(Table::Local, "100.64.0.0/10", RouteKind::Local, via(1, "")));
+        world.routes.push(unicast("100.64.1.0/24", 3, "10.0.0.2"));
+        world.routes.push(route(Table::Default, "10.0.0.128/25", RouteKind::Blackhole, via(0, "")));
+        world.routes.push(route(Table::Default, "fd99::/16", RouteKind::Blackhole, via(0, "")));
+        let forwarding = world.build();
+        assert_eq!(lookup(&forwarding, "100.64.1.1"), Some(Route::Local));
+        assert_eq!(lookup(&forwarding, "10.0.0.200"), Some(Route::OnLink { port: 1 }));
+        assert_eq!(lookup(&forwarding, "fd99::1"), Some(Route::Blackhole));
+    }
+
+    #[test]
+    fn kinds_that_are_not_ours_go_to_the_kernel_or_nowhere() {
+        let mut world = World::new();
+        world.routes.push(unicast("172.16.0.0/12", 9, "172.16.0.1"));
+        world.routes.push(route(Table::Main, "198.18.0.0/15", RouteKind::Blackhole, via(0, "")));
+        world.routes.push(route(Table::Main, "198.20.0.0/15", RouteKind::Other, via(0, "")));
+        world.routes.push(unicast("fe80::/64", 2, ""));
+        let mut tunnel = unicast("198.22.0.0/15", 3, "10.0.0.3");
+        tunnel.hops[0].encapsulated = true;
+        world.routes.push(tunnel);
+        let forwarding = world.build();
+        assert_eq!(lookup(&forwarding, "172.16.5.5"), Some(Route::Kernel));
+        assert_eq!(lookup(&forwarding, "198.18.0.1"), Some(Route::Blackhole));
+        assert_eq!(lookup(&forwarding, "198.20.0.1"), Some(Route::Kernel));
+        assert_eq!(lookup(&forwarding, "198.22.0.1"), Some(Route::Kernel));
+        assert_eq!(lookup(&forwarding, "fe80::5"), Some(Route::Local));
+    }
+
+    #[test]
+    fn multipath_takes_the_first_hop_that_works() {
+        let mut world = World::new();
+        let mut multipath = unicast("203.0.113.0/24", 3, "10.0.0.2");
+        multipath.hops = vec![via(3, "10.0.0.2"), via(3, "10.0.0.3"), via(3, "10.0.0.4")];
+        multipath.hops[0].link_down = true;
+        world.routes.push(multipath);
+        assert_eq!(next_hop(&world.build(), "203.0.113.5").gateway, ip("10.0.0.3").into());
+        world.neighbor(3, "10.0.0.3", Neighbor::FAILED, 3);
+        assert_eq!(next_hop(&world.build(), "203.0.113.5").gateway, ip("10.0.0.4").into());
+        world.neighbor(3, "10.0.0.4", Neighbor::FAILED, 4);
+        assert_eq!(next_hop(&world.build(), "203.0.113.5").gateway, ip("10.0.0.2").into());
+        for hop in &mut world.routes.last_mut().unwrap().hops {
+            hop.dead = true;
+        }
+        // The whole route is skipped: the default route remains.
+        assert_eq!(next_hop(&world.build(), "203.0.113.5").gateway, ip("192.0.2.254").into());
+    }
+
+    #[test]
+    fn pod_routes_follow_the_way_to_their_node() {
+        let mut world = World::new();
+        world.routes.push(unicast("10.50.0.0/16", 3, "10.0.0.50"));
+        world.routes.push(unicast("10.244.9.0/24", 3, "10.0.0.99"));
+        world.routes.push(unicast("172.16.0.0/12", 9, ""));
+        world.neighbor(3, "10.0.0.11", REACHABLE, 11);
+        world.pod_route("10.244.1.0/24", "10.0.0.11"); // on our link
+        world.pod_route("10.244.2.0/24", "10.50.0.2"); // behind a router
+        world.pod_route("10.244.3.0/24", "10.0.0.1"); // our own node
+        world.pod_route("10.244.4.0/24", "172.16.0.4"); // by another interface
+        world.pod_route("10.244.9.0/24", "10.0.0.11"); // the kernel's own route wins
+        world.pod_route("fd00:244::/64", "fd99::1"); // no way to the node
+        let forwarding = world.build();
+        assert_eq!(next_hop(&forwarding, "10.244.1.5").mac, Some([2, 0, 0, 0, 1, 11]));
+        assert_eq!(next_hop(&forwarding, "10.244.2.5").gateway, ip("10.0.0.50").into());
+        assert_eq!(lookup(&forwarding, "10.244.3.5"), Some(Route::Kernel));
+        assert_eq!(lookup(&forwarding, "10.244.4.5"), Some(Route::Kernel));
+        assert_eq!(next_hop(&forwarding, "10.244.9.5").gateway, ip("10.0.0.99").into());
+        assert_eq!(forwarding.unreachable_pods, [net("fd00:244::/64")]);
+        assert!(forwarding.needed.contains(&(3, ip("10.0.0.11").into())));
+        assert!(!forwarding.learned.contains(&(3, ip("10.0.0.11").into())));
+    }
+
+    #[test]
+    fn endpoints_on_the_link_are_needed_before_they_are_resolved() {
+        let mut world = World::new();
+        world.wanted.endpoints = vec![ip("10.0.0.77").into(), ip("198.51.100.1").into()];
+        let needed = world.build().needed;
+        assert!(needed.contains(&(3, ip("10.0.0.77").into())));
+        assert_eq!(needed.len(), 2); // and the default gateway
+    }
+
+    #[test]
+    fn the_mtu_of_a_route_counts_up_to_that_of_the_link() {
+        let mut world = World::new();
+        world.routes.push(KernelRoute { mtu: Some(1280), ..unicast("203.0.113.0/25", 3, "10.0.0.2") });
+        world.routes.push(KernelRoute { mtu: Some(9000), ..unicast("203.0.113.128/25", 3, "10.0.0.2") });
+        let forwarding = world.build();
+        assert_eq!(next_hop(&forwarding, "203.0.113.1").mtu, 1280);
+        assert_eq!(next_hop(&forwarding, "203.0.113.129").mtu, 1500);
+    }
+
+    #[test]
+    fn an_interface_that_is_gone_gives_a_port_that_is_down() {
+        let mut world = World::new();
+        world.links.remove(0);
+        let forwarding = world.build();
+        assert_eq!(forwarding.ports[0], PortLink::default());
+        assert!(forwarding.ports[1].up);
+        assert_eq!(lookup(&forwarding, "198.51.100.1"), Some(Route::Kernel));
+    }
+
+    #[test]
+    fn ipv6_prefixes_that_look_like_ipv4_are_left_out() {
+        let mut world = World::new();
+        world.routes.push(route(Table::Main, "::ffff:0:0/96", RouteKind::Blackhole, via(0, "")));
+        assert!(world.build().routes.iter().all(|(net, _)| !is_v4_mapped(net)));
+    }
+}
