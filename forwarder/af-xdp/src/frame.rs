@@ -228,6 +228,15 @@ impl FramePool {
         FramePool { umem, free, unreleased: 0 }
     }
 
+    /// Takes chunks back that were filled for a socket that did not come about.
+    pub(crate) fn adopt(&mut self, chunks: Vec<u32>) {
+        for chunk in chunks {
+            // SAFETY: the ledger said that the kernel had the chunk, so that there is no frame of it; the socket that
+            // would have handed it over is closed.
+            self.push(unsafe { Frame::new(self.umem.0, chunk, RX_HEADROOM, 0) });
+        }
+    }
+
     /// An empty frame with [`RX_HEADROOM`] bytes of headroom, or `None` when all are in use.
     #[inline]
     pub fn pop(&mut self) -> Option<Frame> {

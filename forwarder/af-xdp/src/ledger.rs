@@ -13,7 +13,7 @@
 //! | fill | slot, word = `Fill{port, index}`, then the producer of the fill ring |
 //! | receive | word = `Peeked`; the consumer of the RX ring moves only after the whole burst went on |
 //! | change bytes | the old bytes into the journal, word = `Rewriting`, then the bytes |
-//! | transmit | slot, word = `Tx{port, index}`, then the producer of the TX ring |
+//! | transmit | all slots of a packet, the words = `Tx{port, index}`, then the producer of the TX ring |
 //! | complete | word = `Free`, then the consumer of the completion ring, then reuse |
 //! | release RX | what is still `Peeked` becomes `Held`, then the consumer of the RX ring |
 

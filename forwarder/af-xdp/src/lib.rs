@@ -7,12 +7,32 @@
 //! - [`Frame`] owns one chunk of it; [`FramePool`] holds the free ones, last in, first out.
 //! - [`ledger`] tells the owner of every chunk in shared memory, so that the next process can go on after a `kill -9`.
 
-#![allow(dead_code)]
+#![cfg_attr(loom, allow(dead_code, unused_imports))]
 
 pub mod ledger;
 
+mod burst;
+#[cfg(all(test, not(loom)))]
+mod crash;
+mod error;
 mod frame;
+mod interface;
+#[cfg(not(loom))]
+mod option;
+mod queue;
+mod recover;
+mod ring;
+#[cfg(not(loom))]
+mod socket;
 mod umem;
 
+pub use burst::{Burst, Tail};
+pub use error::OpenError;
+pub use interface::Channels;
+#[cfg(not(loom))]
+pub use socket::{BusyPoll, Kick, Socket, SocketConfig, Statistics, recover_frames};
+
 pub use frame::{Frame, FramePool, HEAD_LEN, NoRoom, RX_HEADROOM};
+pub use queue::Refused;
+pub use recover::Recovered;
 pub use umem::{Umem, UmemConfig, UmemError};

@@ -184,6 +184,8 @@ impl Region {
     /// process needs that is about to be killed (see [`crate::ledger`]).
     #[inline]
     pub(crate) fn set(&self, chunk: u32, owner: Owner) {
+        #[cfg(all(test, not(loom)))]
+        crate::crash::point();
         compiler_fence(Ordering::SeqCst);
         self.cell(chunk).store(Word::new(owner).0, Ordering::Relaxed);
         compiler_fence(Ordering::SeqCst);
@@ -202,6 +204,8 @@ impl Region {
             // Invalid while it is written: a frame that still refers to this slot must not get these bytes.
             (&raw mut (*entry).chunk).write_volatile(u32::MAX);
             compiler_fence(Ordering::SeqCst);
+            #[cfg(all(test, not(loom)))]
+            crate::crash::point();
             (*entry).len = head.len() as u32;
             (&raw mut (*entry).bytes).cast::<u8>().copy_from_nonoverlapping(head.as_ptr(), head.len());
             compiler_fence(Ordering::SeqCst);
@@ -309,13 +313,18 @@ impl Umem {
     /// All chunks as free frames; `None` if they were taken before in this process. For memory that was just created;
     /// after a restart the frames come from recovery instead.
     pub fn take_frames(self) -> Option<FramePool> {
-        if self.0.taken.swap(true, Ordering::Relaxed) {
+        if !self.claim() {
             return None;
         }
         for chunk in 0..self.0.chunks {
             self.0.set(chunk, Owner::Free);
         }
         Some(FramePool::new(self, (0..self.0.chunks).rev().collect()))
+    }
+
+    /// True for the first caller in this process, who makes the pool.
+    pub(crate) fn claim(self) -> bool {
+        !self.0.taken.swap(true, Ordering::Relaxed)
     }
 
     /// Who has a chunk, by the ledger. For statistics and tests.
