@@ -129,6 +129,37 @@ impl Tuple {
     }
 }
 
+impl Tuple {
+    /// A hash that is the same on every gateway with the same `key` and over restarts, for consistent hashing. Not for tables that
+    /// a stranger could fill: those have a secret key of their own.
+    #[inline]
+    pub const fn stable_hash(&self, key: u64) -> u64 {
+        let ports = (self.src_port as u64) << 32 | (self.dst_port as u64) << 16 | self.protocol as u64;
+        let words = [
+            (self.src.0 >> 64) as u64,
+            self.src.0 as u64,
+            (self.dst.0 >> 64) as u64,
+            self.dst.0 as u64,
+            ports,
+        ];
+        let mut hash = key;
+        let mut i = 0;
+        while i < words.len() {
+            hash = mix(hash ^ words[i]);
+            i += 1;
+        }
+        hash
+    }
+}
+
+/// Finalizer of SplitMix64 (Steele et al. 2014).
+const fn mix(z: u64) -> u64 {
+    let z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ z >> 31
+}
+
 /// `address:port`, with brackets around an IPv6 address.
 struct Endpoint(Addr, u16);
 

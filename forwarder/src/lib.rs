@@ -6,24 +6,25 @@
 #![deny(unsafe_code)]
 
 // The walk of a packet.
+pub mod worker;
+pub mod port;
 pub mod packet;
 pub mod pipeline;
-pub mod port;
 pub mod stage;
-pub mod trace;
 pub mod verdict;
+pub mod trace;
 pub mod wire;
-pub mod worker;
 
 // What a packet is judged by.
 pub mod addr;
-pub mod stats;
-pub mod table;
 pub mod tables;
+pub mod table;
+pub mod stats;
 
 // The walk of a command.
 pub mod control;
 pub mod kernel;
+pub mod explain;
 
 // The process around them.
 pub mod keeper;

@@ -1,1 +1,184 @@
-//! To come.
+//! A packet on its way through the pipeline: the frame and what the stages found out about it.
+
+use af_xdp::Frame;
+
+use crate::addr::{Addr, Tuple};
+use crate::table::flow_map::{Direction, FlowId};
+use crate::verdict::{Reason, Verdict};
+
+/// Packets that are judged together.
+pub const BURST: usize = 64;
+
+/// What the layer-4 header is, as far as it matters here.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Layer4 {
+    /// Not looked at, or a protocol without ports.
+    #[default]
+    Other,
+    /// TCP with these control bits.
+    Tcp {
+        /// See [`crate::wire::tcp`].
+        flags: u8,
+    },
+    /// UDP.
+    Udp,
+    /// SCTP, RFC 9260.
+    Sctp,
+    /// ICMP echo request or reply.
+    Echo {
+        /// True for a request.
+        request: bool,
+    },
+    /// An ICMP message that quotes a packet; [`Packet::tuple`] has the outer addresses, without ports.
+    IcmpError,
+    /// Any other ICMP message.
+    IcmpOther,
+    /// A header that contradicts its length fields: ports are unknown.
+    Malformed,
+    /// A fragment: ports are unknown, or the rest of the payload is.
+    Fragment,
+}
+
+/// What the rewrite stage will do to the frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Rewrite {
+    /// Addresses and ports stay; TTL and link layer change.
+    #[default]
+    Route,
+    /// Addresses and ports become those of [`Packet::out`].
+    Translate,
+    /// The packet is an ICMP error about a translated packet: outer addresses become those of [`Packet::out`], and the quoted
+    /// packet, which was `quoted_from` on our wire, becomes `quoted_to`.
+    IcmpError {
+        /// Tuple of the quoted packet as it came.
+        quoted_from: Tuple,
+        /// Tuple of the quoted packet as the receiver knows it.
+        quoted_to: Tuple,
+    },
+    /// The frame is replaced by an answer of ours.
+    Answer(Answer),
+}
+
+/// Answers that the gateway gives itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Answer {
+    /// TCP RST from the address and port that was asked for.
+    Reset,
+    /// ICMP or ICMPv6 destination unreachable, port.
+    PortUnreachable,
+    /// ICMP or ICMPv6 destination unreachable, no route.
+    NoRoute,
+    /// ICMP or ICMPv6 time exceeded in transit.
+    TimeExceeded,
+    /// ICMP fragmentation needed or ICMPv6 packet too big.
+    TooBig {
+        /// MTU of the way out, bytes.
+        mtu: u16,
+    },
+    /// Echo reply.
+    EchoReply,
+}
+
+/// What the service stage chose for a new connection, beside the endpoint, which is in [`Packet::out`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Choice {
+    /// Stable id of the service port.
+    pub service: u64,
+    /// Translate the source too.
+    pub masquerade: bool,
+    /// Seconds for which session affinity remembers the endpoint; 0: not at all.
+    pub affinity_timeout_s: u32,
+}
+
+/// One packet of a burst.
+pub struct Packet {
+    /// The first descriptor of the frame, from the Ethernet header on.
+    pub frame: Frame,
+    /// Bytes in the frame's further descriptors.
+    pub tail_len: u32,
+    /// Index of the port that it came in by.
+    pub port: u8,
+    /// What becomes of it.
+    pub verdict: Verdict,
+
+    /// Where the IP header begins.
+    pub l3: u16,
+    /// Where the layer-4 header begins.
+    pub l4: u16,
+    /// Bytes from the IP header to the end of the packet, link-layer padding excluded.
+    pub ip_len: u16,
+    /// TTL or hop limit.
+    pub ttl: u8,
+    /// IPv4 "don't fragment"; true for IPv6.
+    pub dont_fragment: bool,
+    /// The layer-4 checksum holds the pseudo-header sum only, as Linux leaves it for the hardware (CHECKSUM_PARTIAL).
+    pub partial_checksum: bool,
+    /// Kind of layer 4.
+    pub layer4: Layer4,
+    /// Addresses and ports as they came.
+    pub tuple: Tuple,
+
+    /// Keyed hash of `tuple`.
+    pub hash: u64,
+    /// The flow that it belongs to.
+    pub flow: Option<(FlowId, Direction)>,
+    /// Addresses and ports as they leave.
+    pub out: Tuple,
+    /// Set between the service and the nat stage: a flow is to be created.
+    pub choice: Option<Choice>,
+    /// How the frame changes.
+    pub rewrite: Rewrite,
+    /// Source address for ICMP errors about this packet, where it is not the port's own: the VIP of a service packet.
+    pub error_source: Option<Addr>,
+    /// Link-layer addresses to write: destination, source.
+    pub macs: ([u8; 6], [u8; 6]),
+    /// The next hop's address, once routed.
+    pub gateway: Addr,
+}
+
+impl Packet {
+    /// A packet that came in by `port`, not looked at yet.
+    pub fn new(frame: Frame, tail_len: u32, port: u8) -> Packet {
+        Packet {
+            frame,
+            tail_len,
+            port,
+            verdict: Verdict::Undecided,
+            l3: 0,
+            l4: 0,
+            ip_len: 0,
+            ttl: 0,
+            dont_fragment: false,
+            partial_checksum: false,
+            layer4: Layer4::Other,
+            tuple: Tuple::default(),
+            hash: 0,
+            flow: None,
+            out: Tuple::default(),
+            choice: None,
+            rewrite: Rewrite::Route,
+            error_source: None,
+            macs: ([0; 6], [0; 6]),
+            gateway: Addr::UNSPECIFIED,
+        }
+    }
+
+    /// True as long as no stage has decided what becomes of the packet.
+    #[inline]
+    pub fn undecided(&self) -> bool {
+        self.verdict == Verdict::Undecided
+    }
+
+    /// Drops the packet.
+    #[inline]
+    pub fn drop(&mut self, reason: Reason) {
+        self.verdict = Verdict::Drop(reason);
+    }
+
+    /// Answers the packet by the port that it came in by.
+    #[inline]
+    pub fn answer(&mut self, answer: Answer, reason: Reason) {
+        self.rewrite = Rewrite::Answer(answer);
+        self.verdict = Verdict::Answer { port: self.port, reason };
+    }
+}

@@ -71,6 +71,8 @@ pub struct Settings {
     pub snat_port_first: u16,
     /// Last source port for masquerading, inclusive.
     pub snat_port_last: u16,
+    /// From `[gateway] lb_key`: the same on every gateway, so that every gateway makes the same choice for a connection.
+    pub lb_key: u64,
 }
 
 /// One port of the gateway as packets see it.

@@ -1,1 +1,228 @@
-//! To come.
+//! Why a packet went where it went: the pipeline tells each step to a [`Trace`]. In production the trace is `()` and costs nothing.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use crate::addr::Tuple;
+use crate::packet::Answer;
+use crate::table::flow_map::Direction;
+use crate::tables::{FrontendKind, List, Origin, ServicePort};
+use crate::verdict::{Reason, Verdict};
+
+/// One thing that the pipeline found out or decided.
+#[derive(Clone, Debug)]
+pub enum Step {
+    /// The headers are sound.
+    Parsed(Tuple),
+    /// The source of the packet, as the tables know it.
+    Origin(Origin),
+    /// A flow was found.
+    FlowHit {
+        /// Which direction of it the packet is.
+        direction: Direction,
+        /// What the packet becomes.
+        out: Tuple,
+        /// Generation that the flow was created under.
+        generation: u32,
+    },
+    /// No flow has this tuple.
+    FlowMiss,
+    /// An ICMP error quotes a packet of a flow.
+    QuotedFlow(Tuple),
+    /// The destination is a frontend of a Service.
+    Frontend {
+        /// The service port.
+        service: Arc<ServicePort>,
+        /// Field of the Service that it comes from.
+        kind: FrontendKind,
+    },
+    /// The source is in `spec.loadBalancerSourceRanges`, by this range.
+    SourceRange(IpNet),
+    /// The list of endpoints in use.
+    List {
+        /// Which one.
+        list: List,
+        /// How many endpoints it has.
+        endpoints: usize,
+    },
+    /// An endpoint was chosen.
+    Chosen {
+        /// Address of the endpoint.
+        addr: IpAddr,
+        /// Port of the endpoint.
+        port: u16,
+        /// Pod that it is, as namespace/name, or its address.
+        name: Arc<str>,
+        /// Node that it runs on, may be empty.
+        node: Arc<str>,
+        /// By what.
+        by: ChosenBy,
+    },
+    /// The source is translated as well.
+    Masquerade {
+        /// New source address.
+        addr: IpAddr,
+        /// New source port.
+        port: u16,
+        /// Why.
+        because: &'static str,
+    },
+    /// The destination address is owned by Services, but not with this port.
+    OwnedAddress,
+    /// No Service; the packet is routed as it is.
+    NotAService,
+    /// The route to the next hop.
+    Route {
+        /// The prefix.
+        prefix: IpNet,
+        /// Address of the next hop.
+        gateway: IpAddr,
+        /// Index of the port.
+        port: u8,
+    },
+    /// The answer of the gateway.
+    Answer(Answer),
+    /// The end.
+    Verdict(Verdict),
+}
+
+/// What chose an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChosenBy {
+    /// The Maglev table.
+    Maglev,
+    /// Session affinity remembers the client.
+    Affinity,
+    /// Session affinity does not know the client: a random endpoint.
+    Random,
+}
+
+/// Listens to the steps of a burst.
+pub trait Trace {
+    /// Packet `index` of the burst took a step. The closure runs only if somebody listens.
+    fn step(&mut self, index: usize, step: impl FnOnce() -> Step);
+}
+
+/// Nobody listens.
+impl Trace for () {
+    #[inline(always)]
+    fn step(&mut self, _: usize, _: impl FnOnce() -> Step) {}
+}
+
+/// The steps of a burst of one packet, in order.
+impl Trace for Vec<Step> {
+    fn step(&mut self, _: usize, step: impl FnOnce() -> Step) {
+        self.push(step());
+    }
+}
+
+impl Step {
+    /// The stage that took the step, one word.
+    pub fn stage(&self) -> &'static str {
+        match self {
+            Step::Parsed(_) => "parse",
+            Step::Origin(_) => "classify",
+            Step::FlowHit { .. } | Step::FlowMiss | Step::QuotedFlow(_) => "flow",
+            Step::Frontend { .. }
+            | Step::SourceRange(_)
+            | Step::List { .. }
+            | Step::Chosen { .. }
+            | Step::OwnedAddress
+            | Step::NotAService => "service",
+            Step::Masquerade { .. } => "nat",
+            Step::Route { .. } => "route",
+            Step::Answer(_) => "answer",
+            Step::Verdict(_) => "verdict",
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Step::Parsed(tuple) => write!(f, "{tuple}"),
+            Step::Origin(Origin::Outside) => write!(f, "source is outside the cluster"),
+            Step::Origin(Origin::Pod) => write!(f, "source is a pod of this cluster"),
+            Step::Origin(Origin::Node) => write!(f, "source is a node of this cluster"),
+            Step::FlowHit { direction, out, generation } => {
+                let direction = match direction {
+                    Direction::Original => "known connection",
+                    Direction::Reply => "reply of a known connection",
+                };
+                write!(f, "{direction}, created under generation {generation}: becomes {out}")
+            }
+            Step::FlowMiss => write!(f, "no connection has this tuple"),
+            Step::QuotedFlow(tuple) => write!(f, "ICMP error about {tuple} of a known connection"),
+            Step::Frontend { service, kind } => {
+                let port = if service.port_name.is_empty() {
+                    String::new()
+                } else {
+                    format!(" port {}", service.port_name)
+                };
+                write!(f, "Service {}/{}{port}, {}", service.namespace, service.name, field(*kind))
+            }
+            Step::SourceRange(range) => write!(f, "source is in loadBalancerSourceRanges: {range}"),
+            Step::List { list, endpoints } => write!(f, "{}: {endpoints} endpoint(s)", list_name(*list)),
+            Step::Chosen { addr, port, name, node, by } => {
+                let by = match by {
+                    ChosenBy::Maglev => "by consistent hash",
+                    ChosenBy::Affinity => "by session affinity",
+                    ChosenBy::Random => "at random, remembered by session affinity",
+                };
+                let node = if node.is_empty() { String::new() } else { format!(" on {node}") };
+                write!(f, "endpoint {} ({name}{node}), {by}", std::net::SocketAddr::new(*addr, *port))
+            }
+            Step::Masquerade { addr, port, because } => {
+                write!(f, "source becomes {}: {because}", std::net::SocketAddr::new(*addr, *port))
+            }
+            Step::OwnedAddress => write!(f, "the address belongs to a Service, this port does not"),
+            Step::NotAService => write!(f, "no Service has this address: routed untranslated"),
+            Step::Route { prefix, gateway, port } => {
+                write!(f, "route {prefix} by port {port}, next hop {gateway}")
+            }
+            Step::Answer(answer) => match answer {
+                Answer::Reset => write!(f, "answered with TCP RST"),
+                Answer::PortUnreachable => write!(f, "answered with ICMP port unreachable"),
+                Answer::NoRoute => write!(f, "answered with ICMP no route"),
+                Answer::TimeExceeded => write!(f, "answered with ICMP time exceeded"),
+                Answer::TooBig { mtu } => write!(f, "answered with ICMP packet too big, MTU {mtu}"),
+                Answer::EchoReply => write!(f, "answered with an echo reply"),
+            },
+            Step::Verdict(verdict) => match verdict {
+                Verdict::Undecided => write!(f, "undecided"),
+                Verdict::Forward { port } => write!(f, "forwarded by port {port}"),
+                Verdict::Answer { reason, .. } => explain_reason(f, "not forwarded", *reason),
+                Verdict::Punt => write!(f, "handed to the kernel untouched: not ours"),
+                Verdict::Hold { .. } => write!(f, "waits until the next hop is resolved"),
+                Verdict::Drop(reason) => explain_reason(f, "dropped", *reason),
+            },
+        }
+    }
+}
+
+fn explain_reason(f: &mut fmt::Formatter<'_>, what: &str, reason: Reason) -> fmt::Result {
+    write!(f, "{what}: {} ({})", reason.help().trim_end_matches('.'), reason.name())
+}
+
+/// The field of a Service that a kind of frontend comes from.
+fn field(kind: FrontendKind) -> &'static str {
+    match kind {
+        FrontendKind::ClusterIp => "spec.clusterIPs",
+        FrontendKind::LoadBalancer => "status.loadBalancer.ingress",
+        FrontendKind::ExternalIp => "spec.externalIPs",
+        FrontendKind::NodePort => "spec.ports[].nodePort",
+    }
+}
+
+/// A list in the words of kube-proxy.
+fn list_name(list: List) -> &'static str {
+    match list {
+        List::Cluster => "ready endpoints of the cluster",
+        List::ClusterTerminating => "no endpoint is ready; serving and terminating ones of the cluster",
+        List::Local => "ready local endpoints",
+        List::LocalTerminating => "no local endpoint is ready; local serving and terminating ones",
+    }
+}

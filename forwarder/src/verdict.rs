@@ -61,7 +61,7 @@ reasons! {
     // Answers to pings.
     EchoAnswered = "echo_answered", "A ping of an address that we own, answered.";
     IcmpNotForUs = "icmp_not_for_us", "An ICMP message to an owned address that is neither a ping nor an error of a flow.";
-    IcmpRateLimited = "icmp_rate_limited", "An ICMP error was due, but too many were sent lately.";
+    AnswerLimit = "answer_limit", "A RST, ICMP error or echo reply was due, but too many were sent this second.";
     // Rings.
     TxRingFull = "tx_ring_full", "The transmit ring stayed full.";
     TxTooLong = "tx_too_long", "The frame does not fit the port it should leave by.";
@@ -92,8 +92,8 @@ pub enum Verdict {
     Punt,
     /// Waits for its next hop to be resolved.
     Hold {
-        /// Index into the next hops of the forwarding table.
-        next_hop: u32,
+        /// Index of the port behind which the next hop is; the packet's metadata has its address.
+        port: u8,
     },
     /// Dropped.
     Drop(Reason),

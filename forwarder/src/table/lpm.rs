@@ -22,6 +22,17 @@ impl<T: Copy> Lpm<T> {
         Lpm { entries: entries.into_iter().collect() }
     }
 
+    /// The longest prefix that contains `addr`, with its value.
+    pub fn lookup_entry(&self, addr: Addr) -> Option<(IpNet, T)> {
+        let ip: std::net::IpAddr = addr.into();
+        self.entries
+            .iter()
+            .rev()
+            .filter(|(net, _)| net.contains(&ip))
+            .max_by_key(|(net, _)| net.prefix_len())
+            .copied()
+    }
+
     /// The value of the longest prefix that contains `addr`.
     pub fn lookup(&self, addr: Addr) -> Option<T> {
         let ip: std::net::IpAddr = addr.into();

@@ -1,0 +1,195 @@
+//! What becomes of a packet, step by step: `towpathctl explain` on objects from a file, `towpathctl trace` on the live tables.
+//!
+//! Both build the packet in a frame of their own and run it through [`crate::pipeline`], the code of the workers, with somebody
+//! listening. Nothing is changed by it: no flow is created, no counter of a worker moves.
+
+use af_xdp::{FramePool, Umem};
+use config::control::{Trace as Report, TraceStep};
+use config::packet::{From, PacketSpec, Protocol};
+use etherparse::{IpNumber, PacketBuilder, TcpHeader};
+
+use crate::addr::{Addr, Tuple, protocol};
+use crate::packet::Packet;
+use crate::pipeline::{self, AnswerBudget, Context, Rng};
+use crate::stats::Counters;
+use crate::table::flow_map::{FlowMap, FlowWorker};
+use crate::tables::{Fib, Identity, Tables};
+use crate::trace::Step;
+use crate::verdict::Verdict;
+
+/// Judges packets that nobody sent.
+pub struct Explainer {
+    pool: FramePool,
+    counters: Counters,
+}
+
+/// What a packet is judged by.
+pub struct View<'a> {
+    /// Services.
+    pub tables: &'a Tables,
+    /// Routes.
+    pub fib: &'a Fib,
+    /// Connections.
+    pub flows: &'a FlowMap,
+    /// A part in `flows` that is online while the packet is judged.
+    pub flow_worker: &'a mut FlowWorker,
+    /// Session affinity.
+    pub affinity: &'a FlowMap,
+    /// A part in `affinity` that is online while the packet is judged.
+    pub affinity_worker: &'a mut FlowWorker,
+    /// Seconds of the monotonic clock.
+    pub now_s: u32,
+    /// Names of the ports, by index.
+    pub port_names: &'a [String],
+}
+
+impl Default for Explainer {
+    fn default() -> Self {
+        Explainer::new()
+    }
+}
+
+impl Explainer {
+    /// Takes a little memory for frames, which lives until the process ends: make one and keep it.
+    pub fn new() -> Explainer {
+        let pool = Umem::anonymous(2, 4096).take_frames().expect("a new UMEM has its frames");
+        Explainer { pool, counters: Counters::default() }
+    }
+
+    /// Runs `spec` through the pipeline.
+    ///
+    /// # Errors
+    /// A sentence about the packet: its families differ, or it names a port that does not exist.
+    pub fn explain(&mut self, spec: &PacketSpec, view: View<'_>) -> Result<Report, String> {
+        let port = port_of(spec, view.tables, view.port_names)?;
+        let mac = view.fib.ports.get(usize::from(port)).map_or([0; 6], |link| link.mac);
+        let bytes = build(spec, mac)?;
+        let frame = self.pool.frame_from(&bytes).ok_or("no frame is free")?;
+        let mut burst = [Packet::new(frame, 0, port)];
+        let mut steps = Vec::new();
+        let mut cx = Context {
+            tables: view.tables,
+            fib: view.fib,
+            flows: view.flows,
+            flow_worker: view.flow_worker,
+            affinity: view.affinity,
+            affinity_worker: view.affinity_worker,
+            now_s: view.now_s,
+            rng: &mut Rng::new(u64::from(view.now_s)),
+            answers: &mut AnswerBudget::new(1),
+            counters: &self.counters,
+            read_only: true,
+        };
+        pipeline::run(&mut burst, &mut cx, &mut steps);
+        let [packet] = burst;
+        let report = report(&packet, &steps, view.port_names);
+        self.pool.push(packet.frame);
+        Ok(report)
+    }
+}
+
+/// The port that the packet comes in by.
+fn port_of(spec: &PacketSpec, tables: &Tables, names: &[String]) -> Result<u8, String> {
+    let ports = &tables.settings.ports;
+    let inside = match &spec.from {
+        From::Port(name) => {
+            return match names.iter().position(|n| n == name) {
+                Some(index) => Ok(index as u8),
+                None => Err(format!("no port is called {name:?}; the ports are {}", names.join(", "))),
+            };
+        }
+        From::Inside => true,
+        From::Outside => false,
+        From::Guess => {
+            matches!(tables.identities.lookup(spec.src.into()), Some(Identity::Pod | Identity::Node))
+        }
+    };
+    let found = ports.iter().position(|port| if inside { port.inside } else { port.outside });
+    Ok(found.unwrap_or(0) as u8)
+}
+
+/// The packet as bytes, checksums included.
+fn build(spec: &PacketSpec, mac: [u8; 6]) -> Result<Vec<u8>, String> {
+    use std::net::IpAddr::{V4, V6};
+    let ethernet = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], mac);
+    let ip = match (spec.src, spec.dst) {
+        (V4(src), V4(dst)) => ethernet.ipv4(src.octets(), dst.octets(), 64),
+        (V6(src), V6(dst)) => ethernet.ipv6(src.octets(), dst.octets(), 64),
+        (src, dst) => return Err(format!("{src} and {dst} are not of one address family")),
+    };
+    let mut bytes = Vec::new();
+    let written = match spec.protocol {
+        Protocol::Tcp => {
+            let mut header = TcpHeader::new(spec.src_port, spec.dst_port, 1, 64_240);
+            (header.fin, header.syn) = (spec.tcp_flags & 1 != 0, spec.tcp_flags & 2 != 0);
+            (header.rst, header.psh) = (spec.tcp_flags & 4 != 0, spec.tcp_flags & 8 != 0);
+            header.ack = spec.tcp_flags & 16 != 0;
+            ip.tcp_header(header).write(&mut bytes, &[])
+        }
+        Protocol::Udp => ip.udp(spec.src_port, spec.dst_port).write(&mut bytes, &[]),
+        Protocol::Icmp if spec.src.is_ipv4() => {
+            ip.icmpv4_echo_request(spec.src_port, 1).write(&mut bytes, &[])
+        }
+        Protocol::Icmp => ip.icmpv6_echo_request(spec.src_port, 1).write(&mut bytes, &[]),
+        Protocol::Sctp => {
+            let mut header = [0u8; 12];
+            header[0..2].copy_from_slice(&spec.src_port.to_be_bytes());
+            header[2..4].copy_from_slice(&spec.dst_port.to_be_bytes());
+            crate::wire::sctp::set_checksum(&mut header);
+            ip.write(&mut bytes, IpNumber(protocol::SCTP), &header)
+        }
+    };
+    written.map_err(|error| error.to_string())?;
+    Ok(bytes)
+}
+
+/// Words for what the pipeline found.
+fn report(packet: &Packet, steps: &[Step], port_names: &[String]) -> Report {
+    let name =
+        |port: u8| port_names.get(usize::from(port)).cloned().unwrap_or_else(|| format!("port {port}"));
+    let mut report = Report { packet: packet.tuple.to_string(), ..Report::default() };
+    for step in steps {
+        let text = match step {
+            Step::Route { prefix, gateway, port } => {
+                format!("{prefix} by port {}, next hop {gateway}", name(*port))
+            }
+            Step::Verdict(Verdict::Forward { port }) => format!("forwarded by port {}", name(*port)),
+            step => step.to_string(),
+        };
+        report.steps.push(TraceStep { stage: step.stage().to_owned(), text });
+        match step {
+            Step::Frontend { .. } => report.frontend = Some(destination(&packet.tuple)),
+            Step::Chosen { addr, port, .. } => {
+                report.endpoint = Some(std::net::SocketAddr::new(*addr, *port).to_string());
+            }
+            _ => {}
+        }
+    }
+    let (verdict, reason, leaves_by) = match packet.verdict {
+        Verdict::Undecided => ("undecided", None, None),
+        Verdict::Forward { port } => ("forward", None, Some(port)),
+        Verdict::Answer { port, reason } => ("answer", Some(reason), Some(port)),
+        Verdict::Punt => ("punt", None, None),
+        Verdict::Hold { port } => ("hold", None, Some(port)),
+        Verdict::Drop(reason) => ("drop", Some(reason), None),
+    };
+    report.verdict = verdict.to_owned();
+    report.reason = reason.map(|reason| reason.name().to_owned());
+    report.help = reason.map(|reason| reason.help().to_owned());
+    report.port = leaves_by.map(name);
+    if matches!(packet.verdict, Verdict::Forward { .. } | Verdict::Hold { .. }) {
+        report.output = Some(packet.out.to_string());
+    }
+    report
+}
+
+/// `address:port/protocol` of what a packet asks for.
+fn destination(tuple: &Tuple) -> String {
+    let protocol = match tuple.protocol {
+        protocol::TCP => "TCP",
+        protocol::UDP => "UDP",
+        _ => "SCTP",
+    };
+    let addr: std::net::IpAddr = Addr::into(tuple.dst);
+    format!("{}/{protocol}", std::net::SocketAddr::new(addr, tuple.dst_port))
+}

@@ -1,0 +1,244 @@
+//! Finds the flow of each packet and follows its state.
+//!
+//! Three passes, so that the memory of a whole burst is on its way before the first flow is looked at: buckets, records, answers.
+
+use config::gateway::FlowsSection;
+
+use crate::addr::{Addr, protocol};
+use crate::packet::{Layer4, Packet, Rewrite};
+use crate::pipeline::Context;
+use crate::table::flow_map::{Direction, FlowRef, Hit};
+use crate::tables::{Fib, Route, Tables};
+use crate::trace::{Step, Trace};
+use crate::verdict::Reason;
+use crate::wire::tcp;
+
+/// Phases of a flow. Their idle times are set by `[flows]` in the gateway file; the defaults are those of the RFCs named.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Phase {
+    /// TCP before the client answered the server's SYN (RFC 5382 REQ-5: transitory, at least 4 minutes).
+    TcpOpening = 0,
+    /// TCP established (RFC 5382 REQ-5: at least 2 hours 4 minutes).
+    TcpEstablished = 1,
+    /// TCP after both FINs or a RST (RFC 5382 REQ-5: transitory).
+    TcpClosing = 2,
+    /// UDP that nobody answered yet.
+    UdpOneWay = 3,
+    /// UDP (RFC 4787 REQ-5: 5 minutes recommended).
+    Udp = 4,
+    /// ICMP query (RFC 5508 REQ-1: at least 60 seconds).
+    Icmp = 5,
+    /// SCTP.
+    Sctp = 6,
+    /// A client remembered by session affinity; its time is its own.
+    Affinity = 7,
+}
+
+impl Phase {
+    /// All phases, in the order of their numbers.
+    pub const ALL: [Phase; 8] = [
+        Phase::TcpOpening,
+        Phase::TcpEstablished,
+        Phase::TcpClosing,
+        Phase::UdpOneWay,
+        Phase::Udp,
+        Phase::Icmp,
+        Phase::Sctp,
+        Phase::Affinity,
+    ];
+
+    /// Phases that count as embryonic: a flood of them must not take the room of established flows.
+    pub const EMBRYONIC: u16 = 1 << Phase::TcpOpening as u16;
+
+    /// The phase that a flow of `protocol` begins with; `flags`: control bits of its first packet, if it is TCP.
+    pub fn first(protocol: u8, flags: u8) -> Phase {
+        match protocol {
+            // A connection that is picked up in its middle (after a flush, or from another gateway) is established.
+            protocol::TCP if flags & tcp::SYN == 0 => Phase::TcpEstablished,
+            protocol::TCP => Phase::TcpOpening,
+            protocol::UDP => Phase::UdpOneWay,
+            protocol::SCTP => Phase::Sctp,
+            _ => Phase::Icmp,
+        }
+    }
+
+    /// Name for `towpathctl flows`.
+    pub fn name(phase: u8) -> &'static str {
+        match phase {
+            0 => "opening",
+            1 => "established",
+            2 => "closing",
+            3 => "one-way",
+            4 => "two-way",
+            5 => "query",
+            6 => "sctp",
+            7 => "affinity",
+            _ => "?",
+        }
+    }
+}
+
+/// Flag of a flow: the endpoint answered.
+pub const REPLIED: u16 = 1 << 0;
+/// Flag of a flow: FIN in the original direction.
+pub const FIN_ORIGINAL: u16 = 1 << 1;
+/// Flag of a flow: FIN in the reply direction.
+pub const FIN_REPLY: u16 = 1 << 2;
+
+/// Finds flows. A packet of one gets its tuple to leave with; all others are left to the next stages.
+pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
+    for packet in burst.iter_mut().filter(|p| p.undecided() && has_flow(p.layer4)) {
+        packet.hash = cx.flows.hash(&packet.tuple);
+        cx.flows.prefetch(packet.hash);
+    }
+    for packet in burst.iter().filter(|p| p.undecided() && has_flow(p.layer4)) {
+        cx.flows.prefetch_record(packet.hash);
+    }
+    for (index, packet) in burst.iter_mut().enumerate() {
+        if !packet.undecided() || !has_flow(packet.layer4) {
+            continue;
+        }
+        let Some(hit) = cx.flows.lookup(&packet.tuple, packet.hash) else {
+            trace.step(index, || Step::FlowMiss);
+            continue;
+        };
+        let (direction, flow) = (hit.direction, hit.flow);
+        if !source_side_matches(packet.tuple.src, packet.port, cx.tables, cx.fib) {
+            packet.drop(Reason::SpoofedSource);
+            continue;
+        }
+        if !cx.read_only {
+            if is_new_connection(packet.layer4, direction, &flow) {
+                let id = flow.id();
+                cx.flows.remove(cx.flow_worker, id);
+                trace.step(index, || Step::FlowMiss);
+                continue;
+            }
+            follow(packet.layer4, direction, &flow);
+            flow.touch(cx.now_s);
+        }
+        belongs_to(packet, &hit);
+        trace.step(index, || Step::FlowHit { direction, out: packet.out, generation: flow.generation() });
+    }
+}
+
+/// True for packets that can belong to a flow by their own tuple.
+#[inline]
+fn has_flow(layer4: Layer4) -> bool {
+    matches!(layer4, Layer4::Tcp { .. } | Layer4::Udp | Layer4::Sctp | Layer4::Echo { .. })
+}
+
+/// Writes the translation of a flow into the packet's metadata.
+#[inline]
+pub fn belongs_to(packet: &mut Packet, hit: &Hit<'_>) {
+    packet.flow = Some((hit.flow.id(), hit.direction));
+    packet.rewrite = Rewrite::Translate;
+    packet.out = hit.translated().unwrap_or(packet.tuple);
+    packet.error_source = match hit.direction {
+        Direction::Original => Some(packet.tuple.dst),
+        Direction::Reply => None,
+    };
+}
+
+/// True unless the route back to `source` leaves by a port of the other side (outside against inside) than `port`.
+///
+/// This is reverse-path filtering (RFC 3704 section 2.3, feasible path) at the grain of the two sides, so that several
+/// uplinks do no harm.
+#[inline]
+pub fn source_side_matches(source: Addr, port: u8, tables: &Tables, fib: &Fib) -> bool {
+    let back = match fib.routes.lookup(source) {
+        Some(Route::NextHop(index)) => match fib.next_hops.get(index as usize) {
+            Some(next_hop) => next_hop.port,
+            None => return false,
+        },
+        Some(Route::OnLink { port }) => port,
+        // An address of our own never comes from the wire.
+        Some(Route::Local) => return false,
+        // No way back by a port of ours: the kernel's business, or nobody's.
+        Some(Route::Kernel | Route::Blackhole) | None => return true,
+    };
+    if back == port {
+        return true;
+    }
+    let ports = &tables.settings.ports;
+    match (ports.get(usize::from(port)), ports.get(usize::from(back))) {
+        (Some(came), Some(leaves)) => came.outside && leaves.outside || came.inside && leaves.inside,
+        _ => false,
+    }
+}
+
+/// True for a SYN of the client on a connection that is over: port reuse (RFC 6191), a connection of its own.
+#[inline]
+fn is_new_connection(layer4: Layer4, direction: Direction, flow: &FlowRef<'_>) -> bool {
+    let Layer4::Tcp { flags } = layer4 else { return false };
+    flags & (tcp::SYN | tcp::ACK) == tcp::SYN
+        && direction == Direction::Original
+        && flow.phase() == Phase::TcpClosing as u8
+}
+
+/// Follows the state of a flow. No sequence numbers are tracked: a forged RST or FIN only shortens the idle time, and the next
+/// packet of the real connection restores it (RFC 5961 in spirit).
+#[inline]
+fn follow(layer4: Layer4, direction: Direction, flow: &FlowRef<'_>) {
+    match layer4 {
+        Layer4::Tcp { flags } => follow_tcp(flags, direction, flow),
+        Layer4::Udp if direction == Direction::Reply && flow.phase() == Phase::UdpOneWay as u8 => {
+            flow.set_phase(Phase::Udp as u8);
+        }
+        _ => {}
+    }
+}
+
+fn follow_tcp(flags: u8, direction: Direction, flow: &FlowRef<'_>) {
+    let phase = flow.phase();
+    if flags & tcp::RST != 0 {
+        if phase != Phase::TcpClosing as u8 {
+            flow.set_phase(Phase::TcpClosing as u8);
+        }
+        return;
+    }
+    if flags & tcp::FIN != 0 {
+        flow.set_flags(match direction {
+            Direction::Original => FIN_ORIGINAL,
+            Direction::Reply => FIN_REPLY,
+        });
+    }
+    let fins = flow.flags() & (FIN_ORIGINAL | FIN_REPLY);
+    let next = if fins == FIN_ORIGINAL | FIN_REPLY {
+        Phase::TcpClosing
+    } else if phase == Phase::TcpOpening as u8 {
+        if direction == Direction::Reply {
+            flow.set_flags(REPLIED);
+        }
+        if direction == Direction::Original && flags & tcp::SYN == 0 && flow.flags() & REPLIED != 0 {
+            Phase::TcpEstablished
+        } else {
+            Phase::TcpOpening
+        }
+    } else if flags & tcp::SYN != 0 {
+        return;
+    } else {
+        Phase::TcpEstablished
+    };
+    if next as u8 != phase {
+        flow.set_phase(next as u8);
+    }
+}
+
+/// Idle times by phase, seconds, from the `[flows]` section of the gateway file.
+pub fn timeouts_s(flows: &FlowsSection) -> [u32; 16] {
+    let mut timeouts_s = [flows.icmp_s; 16];
+    for (phase, timeout_s) in [
+        (Phase::TcpOpening, flows.tcp_transitory_s),
+        (Phase::TcpEstablished, flows.tcp_established_s),
+        (Phase::TcpClosing, flows.tcp_transitory_s),
+        (Phase::UdpOneWay, flows.udp_one_way_s),
+        (Phase::Udp, flows.udp_s),
+        (Phase::Icmp, flows.icmp_s),
+        (Phase::Sctp, flows.tcp_established_s),
+    ] {
+        timeouts_s[phase as usize] = timeout_s;
+    }
+    timeouts_s
+}

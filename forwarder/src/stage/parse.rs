@@ -1,0 +1,220 @@
+//! Checks the headers and writes what they say into the packet's metadata.
+//!
+//! What Linux drops silently is dropped here with a reason (RFC 1812 section 5.2.2, net/ipv4/ip_input.c `ip_rcv_core`); what the
+//! kernel handles for itself (ARP, neighbor discovery, multicast, link-local) is punted.
+
+use zerocopy::FromBytes;
+
+use crate::addr::{Addr, Tuple, protocol};
+use crate::packet::{Layer4, Packet};
+use crate::pipeline::Context;
+use crate::tables::{Fib, PortSettings};
+use crate::trace::{Step, Trace};
+use crate::verdict::{Reason, Verdict};
+use crate::wire::{checksum, ethernet, icmp, ipv4, ipv6, tcp, udp};
+
+/// Parses a burst. Packets that are malformed or not ours have a verdict afterwards, all others their tuple.
+pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
+    for (index, packet) in burst.iter_mut().enumerate() {
+        let settings = cx.tables.settings.ports.get(usize::from(packet.port)).copied().unwrap_or_default();
+        match packet_headers(packet, cx.fib, settings) {
+            Ok(()) => trace.step(index, || Step::Parsed(packet.tuple)),
+            Err(verdict) => packet.verdict = verdict,
+        }
+    }
+}
+
+/// Fills the metadata of one packet, or says what becomes of it at once.
+fn packet_headers(packet: &mut Packet, fib: &Fib, settings: PortSettings) -> Result<(), Verdict> {
+    let data = packet.frame.data();
+    let (ethertype, l3) = ethernet::payload(data).ok_or(Verdict::Drop(Reason::Truncated))?;
+    let available = data.len() - l3 + packet.tail_len as usize;
+    packet.l3 = l3 as u16;
+    match ethertype {
+        ethernet::ethertype::IPV4 => parse_v4(packet, available)?,
+        ethernet::ethertype::IPV6 => parse_v6(packet, available)?,
+        _ => return Err(Verdict::Punt),
+    }
+    check_link_destination(packet, fib)?;
+    parse_l4(packet, settings);
+    Ok(())
+}
+
+fn drop(reason: Reason) -> Verdict {
+    Verdict::Drop(reason)
+}
+
+fn parse_v4(packet: &mut Packet, available: usize) -> Result<(), Verdict> {
+    let l3 = usize::from(packet.l3);
+    let bytes = &packet.frame.data()[l3..];
+    let (header, _) = ipv4::Header::ref_from_prefix(bytes).map_err(|_| drop(Reason::Truncated))?;
+    let (header_len, total_len) = (header.header_len(), usize::from(header.total_len.get()));
+    if header.version_ihl >> 4 != 4 || header_len < ipv4::HEADER_LEN || total_len < header_len {
+        return Err(drop(Reason::BadIpHeader));
+    }
+    if total_len > available || header_len > bytes.len() {
+        return Err(drop(Reason::Truncated));
+    }
+    if checksum::checksum(&bytes[..header_len]) != 0 {
+        return Err(drop(Reason::BadIpChecksum));
+    }
+    if header_len > ipv4::HEADER_LEN && ipv4::has_source_route(&bytes[ipv4::HEADER_LEN..header_len]) {
+        return Err(drop(Reason::SourceRoute));
+    }
+    let (src, dst) = (header.src.get(), header.dst.get());
+    // RFC 1812 section 5.3.7, RFC 6890.
+    if matches!(src >> 24, 0 | 127 | 224..=255) {
+        return Err(drop(Reason::MartianSource));
+    }
+    match dst >> 24 {
+        224..=239 => return Err(Verdict::Punt),
+        0 | 127 => return Err(drop(Reason::MartianDestination)),
+        240..=255 if dst != u32::MAX => return Err(drop(Reason::MartianDestination)),
+        255 => return Err(Verdict::Punt),
+        _ => {}
+    }
+    if src == dst {
+        return Err(drop(Reason::Land));
+    }
+    let header = *header;
+    packet.tuple =
+        Tuple { src: Addr::v4(src), dst: Addr::v4(dst), src_port: 0, dst_port: 0, protocol: header.protocol };
+    packet.l4 = (l3 + header_len) as u16;
+    packet.ip_len = total_len as u16;
+    packet.ttl = header.ttl;
+    packet.dont_fragment = header.fragment.get() & ipv4::DONT_FRAGMENT != 0;
+    packet.layer4 = if header.is_fragment() { Layer4::Fragment } else { Layer4::Other };
+    Ok(())
+}
+
+fn parse_v6(packet: &mut Packet, available: usize) -> Result<(), Verdict> {
+    let l3 = usize::from(packet.l3);
+    let bytes = &packet.frame.data()[l3..];
+    let (header, rest) = ipv6::Header::ref_from_prefix(bytes).map_err(|_| drop(Reason::Truncated))?;
+    if header.version_class_label.get() >> 28 != 6 {
+        return Err(drop(Reason::BadIpHeader));
+    }
+    let total_len = ipv6::HEADER_LEN + usize::from(header.payload_len.get());
+    if total_len > available || total_len > usize::from(u16::MAX) {
+        return Err(drop(Reason::Truncated));
+    }
+    let (src, dst) = (header.src.get(), header.dst.get());
+    // RFC 4291 section 2; mapped addresses never appear on the wire (RFC 6890).
+    if src <= 1 || src >> 120 == 0xff || Addr(src).is_v4() {
+        return Err(drop(Reason::MartianSource));
+    }
+    if dst >> 120 == 0xff || dst >> 118 == 0xfe80 >> 6 {
+        return Err(Verdict::Punt);
+    }
+    if dst <= 1 || Addr(dst).is_v4() {
+        return Err(drop(Reason::MartianDestination));
+    }
+    if src >> 118 == 0xfe80 >> 6 {
+        // A link-local source asks a neighbor (RFC 4291 section 2.5.6): never routed, the kernel may answer.
+        return Err(Verdict::Punt);
+    }
+    if src == dst {
+        return Err(drop(Reason::Land));
+    }
+    let payload = &rest[..rest.len().min(total_len - ipv6::HEADER_LEN)];
+    let chain = ipv6::walk(header.next_header, payload).map_err(drop)?;
+    let hop_limit = header.hop_limit;
+    packet.tuple =
+        Tuple { src: Addr::v6(src), dst: Addr::v6(dst), src_port: 0, dst_port: 0, protocol: chain.protocol };
+    packet.l4 = (l3 + ipv6::HEADER_LEN + chain.len) as u16;
+    packet.ip_len = total_len as u16;
+    packet.ttl = hop_limit;
+    packet.dont_fragment = true;
+    packet.layer4 = if chain.fragment { Layer4::Fragment } else { Layer4::Other };
+    Ok(())
+}
+
+/// A unicast packet must come in a unicast frame to the port (RFC 1812 section 5.3.4).
+fn check_link_destination(packet: &Packet, fib: &Fib) -> Result<(), Verdict> {
+    let destination = ethernet::destination(packet.frame.data());
+    match fib.ports.get(usize::from(packet.port)) {
+        Some(link) if link.mac != destination => Err(drop(Reason::NotOurMac)),
+        _ => Ok(()),
+    }
+}
+
+/// Reads ports and flags. A header that contradicts its lengths leaves [`Layer4::Malformed`]: such a packet may be routed, as
+/// Linux does, but is never translated.
+fn parse_l4(packet: &mut Packet, settings: PortSettings) {
+    packet.out = packet.tuple;
+    if packet.layer4 == Layer4::Fragment {
+        return;
+    }
+    let l4_len = usize::from(packet.l3) + usize::from(packet.ip_len) - usize::from(packet.l4);
+    let data = packet.frame.data();
+    let in_frame = &data[usize::from(packet.l4).min(data.len())..];
+    let bytes = &in_frame[..in_frame.len().min(l4_len)];
+    let v4 = packet.tuple.src.is_v4();
+    let (layer4, ports) = match (packet.tuple.protocol, v4) {
+        (protocol::TCP, _) => match tcp::Header::ref_from_prefix(bytes) {
+            Ok((header, _)) if (tcp::HEADER_LEN..=l4_len).contains(&header.header_len()) => {
+                packet.partial_checksum =
+                    settings.partial_checksums && is_partial(&packet.tuple, l4_len, header.checksum.get());
+                (Layer4::Tcp { flags: header.flags }, (header.src_port.get(), header.dst_port.get()))
+            }
+            _ => (Layer4::Malformed, (0, 0)),
+        },
+        (protocol::UDP, _) => match udp::Header::ref_from_prefix(bytes) {
+            // RFC 768; over IPv6 a checksum is required (RFC 8200 section 8.1).
+            Ok((header, _))
+                if (udp::HEADER_LEN..=l4_len).contains(&usize::from(header.len.get()))
+                    && (v4 || header.checksum.get() != 0) =>
+            {
+                packet.partial_checksum =
+                    settings.partial_checksums && is_partial(&packet.tuple, l4_len, header.checksum.get());
+                (Layer4::Udp, (header.src_port.get(), header.dst_port.get()))
+            }
+            _ => (Layer4::Malformed, (0, 0)),
+        },
+        (protocol::SCTP, _) => match bytes {
+            [s0, s1, d0, d1, ..] if bytes.len() >= 12 => {
+                (Layer4::Sctp, (u16::from_be_bytes([*s0, *s1]), u16::from_be_bytes([*d0, *d1])))
+            }
+            _ => (Layer4::Malformed, (0, 0)),
+        },
+        (protocol::ICMP, true) => match bytes {
+            [kind, _, _, _, i0, i1, _, _, ..] => {
+                let id = u16::from_be_bytes([*i0, *i1]);
+                match *kind {
+                    icmp::v4::ECHO_REQUEST => (Layer4::Echo { request: true }, (id, id)),
+                    icmp::v4::ECHO_REPLY => (Layer4::Echo { request: false }, (id, id)),
+                    kind if icmp::v4::is_error(kind) => (Layer4::IcmpError, (0, 0)),
+                    _ => (Layer4::IcmpOther, (0, 0)),
+                }
+            }
+            _ => (Layer4::Malformed, (0, 0)),
+        },
+        (protocol::ICMPV6, false) => match bytes {
+            [kind, _, _, _, i0, i1, _, _, ..] => {
+                let id = u16::from_be_bytes([*i0, *i1]);
+                match *kind {
+                    icmp::v6::ECHO_REQUEST => (Layer4::Echo { request: true }, (id, id)),
+                    icmp::v6::ECHO_REPLY => (Layer4::Echo { request: false }, (id, id)),
+                    // Neighbor discovery and router messages (RFC 4861) are the kernel's.
+                    133..=137 => {
+                        packet.verdict = Verdict::Punt;
+                        (Layer4::IcmpOther, (0, 0))
+                    }
+                    kind if icmp::v6::is_error(kind) => (Layer4::IcmpError, (0, 0)),
+                    _ => (Layer4::IcmpOther, (0, 0)),
+                }
+            }
+            _ => (Layer4::Malformed, (0, 0)),
+        },
+        _ => (Layer4::Other, (0, 0)),
+    };
+    packet.layer4 = layer4;
+    (packet.tuple.src_port, packet.tuple.dst_port) = ports;
+    packet.out = packet.tuple;
+}
+
+/// True if `field` is the folded pseudo-header sum, which Linux leaves for the hardware to finish (CHECKSUM_PARTIAL).
+#[inline]
+fn is_partial(tuple: &Tuple, l4_len: usize, field: u16) -> bool {
+    field == checksum::fold(checksum::pseudo_sum(tuple.src, tuple.dst, tuple.protocol, l4_len))
+}

@@ -1,0 +1,194 @@
+//! Decides what the first packet of a connection is: whose it is, which Service it asks for, which endpoint serves it.
+//!
+//! The rules were decided when the tables were compiled (`control/compile`); here a packet only selects one of them.
+
+use crate::addr::{Addr, Tuple, protocol};
+use crate::packet::{Answer, Choice, Layer4, Packet, Rewrite};
+use crate::pipeline::Context;
+use crate::stage::flow::source_side_matches;
+use crate::table::flow_map::{FlowMap, FlowRef};
+use crate::tables::{Action, Backends, Endpoint, Frontend, FrontendKey, FrontendKind, Identity, Origin, Vip};
+use crate::trace::{ChosenBy, Step, Trace};
+use crate::verdict::Reason;
+use crate::wire::tcp;
+
+/// Judges the packets that belong to no flow.
+pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
+    for (index, packet) in burst.iter_mut().enumerate() {
+        if packet.undecided() && packet.flow.is_none() {
+            first_packet(packet, index, cx, trace);
+        }
+    }
+}
+
+fn first_packet(packet: &mut Packet, index: usize, cx: &mut Context<'_>, trace: &mut impl Trace) {
+    let source = packet.tuple.src;
+    if !source_side_matches(source, packet.port, cx.tables, cx.fib) || cx.tables.vips.get(&source).is_some() {
+        return packet.drop(Reason::SpoofedSource);
+    }
+    let origin = origin(source, cx);
+    trace.step(index, || Step::Origin(origin));
+    let key =
+        FrontendKey { addr: packet.tuple.dst, port: packet.tuple.dst_port, protocol: packet.tuple.protocol };
+    if has_ports(packet.layer4)
+        && let Some(frontend) = cx.tables.frontends.get(&key)
+    {
+        trace.step(index, || Step::Frontend { service: frontend.service.clone(), kind: frontend.kind });
+        return serve(packet, index, frontend, origin, cx, trace);
+    }
+    if let Some(vip) = cx.tables.vips.get(&packet.tuple.dst) {
+        trace.step(index, || Step::OwnedAddress);
+        return owned_address(packet, *vip, origin, cx);
+    }
+    if cx.tables.identities.lookup(packet.tuple.dst) == Some(Identity::ServiceRange) {
+        return packet.drop(Reason::UnknownService);
+    }
+    trace.step(index, || Step::NotAService);
+}
+
+/// Who the source is, by podCIDRs, cluster CIDRs and Node addresses.
+fn origin(source: Addr, cx: &Context<'_>) -> Origin {
+    match cx.tables.identities.lookup(source) {
+        Some(Identity::Pod) => Origin::Pod,
+        Some(Identity::Node) => Origin::Node,
+        Some(Identity::ServiceRange) | None => Origin::Outside,
+    }
+}
+
+fn has_ports(layer4: Layer4) -> bool {
+    matches!(layer4, Layer4::Tcp { .. } | Layer4::Udp | Layer4::Sctp)
+}
+
+/// A ClusterIP is for the inside, unless the port says otherwise.
+fn is_cluster_internal(packet: &Packet, cluster_ip: bool, origin: Origin, cx: &Context<'_>) -> bool {
+    let port = cx.tables.settings.ports.get(usize::from(packet.port)).copied().unwrap_or_default();
+    cluster_ip && origin == Origin::Outside && port.outside && !port.expose_cluster_ips
+}
+
+/// A packet to a frontend.
+fn serve(
+    packet: &mut Packet,
+    index: usize,
+    frontend: &Frontend,
+    origin: Origin,
+    cx: &mut Context<'_>,
+    trace: &mut impl Trace,
+) {
+    if is_cluster_internal(packet, frontend.kind == FrontendKind::ClusterIp, origin, cx) {
+        return packet.drop(Reason::ClusterInternal);
+    }
+    if !frontend.source_ranges.is_empty() {
+        let source: std::net::IpAddr = packet.tuple.src.into();
+        match frontend.source_ranges.iter().find(|range| range.contains(&source)) {
+            Some(range) => trace.step(index, || Step::SourceRange(*range)),
+            None => return packet.drop(Reason::SourceRange),
+        }
+    }
+    if let Layer4::Tcp { flags } = packet.layer4 {
+        if !tcp::valid_flags(flags) {
+            return packet.drop(Reason::BadTcpFlags);
+        }
+        // Linux takes a lone ACK for a connection that it missed the start of (nf_conntrack_tcp_loose), but not the end of one.
+        if flags & (tcp::RST | tcp::FIN) != 0 || flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK {
+            return packet.drop(Reason::NoFlow);
+        }
+    }
+    match frontend.action(origin) {
+        Action::Drop(reason) => packet.drop(*reason),
+        Action::Reject(reason) => reject(packet, *reason),
+        Action::Dnat { backends, masquerade, list } => {
+            trace.step(index, || Step::List { list: *list, endpoints: backends.endpoints.len() });
+            let (endpoint, by) = choose(packet, frontend, backends, cx);
+            trace.step(index, || Step::Chosen {
+                addr: endpoint.addr.into(),
+                port: endpoint.port,
+                name: endpoint.name.clone(),
+                node: endpoint.node.clone(),
+                by,
+            });
+            packet.out = Tuple { dst: endpoint.addr, dst_port: endpoint.port, ..packet.tuple };
+            packet.rewrite = Rewrite::Translate;
+            packet.error_source = Some(packet.tuple.dst);
+            packet.choice = Some(Choice {
+                service: frontend.service.stable_id,
+                masquerade: *masquerade,
+                affinity_timeout_s: frontend.service.affinity_timeout_s.unwrap_or(0),
+            });
+        }
+    }
+}
+
+/// The endpoint for a new connection. Session affinity goes by client address and service port, whatever the VIP and the source
+/// port (kubernetes pkg/proxy/iptables/proxier.go); a remembered endpoint counts only while it is in the list in use.
+fn choose<'t>(
+    packet: &Packet,
+    frontend: &Frontend,
+    backends: &'t Backends,
+    cx: &mut Context<'_>,
+) -> (&'t Endpoint, ChosenBy) {
+    if frontend.service.affinity_timeout_s.is_none() {
+        let hash = packet.tuple.stable_hash(cx.tables.settings.lb_key);
+        return (&backends.endpoints[backends.maglev.pick(hash)], ChosenBy::Maglev);
+    }
+    if let Some((addr, port)) =
+        remembered(cx.affinity, packet.tuple.src, frontend.service.stable_id, cx.now_s)
+        && let Some(endpoint) = backends.endpoints.iter().find(|e| e.addr == addr && e.port == port)
+    {
+        return (endpoint, ChosenBy::Affinity);
+    }
+    let pick = cx.rng.next() % backends.endpoints.len() as u64;
+    (&backends.endpoints[pick as usize], ChosenBy::Random)
+}
+
+/// What session affinity is kept under: the client and the service port, as a tuple of no real protocol.
+pub fn affinity_tuple(client: Addr, service: u64) -> Tuple {
+    Tuple {
+        src: client,
+        dst: Addr::v6(u128::from(service)),
+        src_port: 0,
+        dst_port: 0,
+        protocol: AFFINITY_PROTOCOL,
+    }
+}
+
+/// Reserved by IANA, so that it is no tuple of a packet.
+const AFFINITY_PROTOCOL: u8 = 255;
+
+fn remembered(affinity: &FlowMap, client: Addr, service: u64, now_s: u32) -> Option<(Addr, u16)> {
+    let tuple = affinity_tuple(client, service);
+    let hit = affinity.lookup(&tuple, affinity.hash(&tuple))?;
+    (!is_forgotten(&hit.flow, now_s)).then(|| hit.flow.endpoint())
+}
+
+/// True if a remembered client is over its time: ageing is incremental, so the entry may still be there.
+pub fn is_forgotten(entry: &FlowRef<'_>, now_s: u32) -> bool {
+    now_s.wrapping_sub(entry.last_seen_s()) > entry.timeout_s()
+}
+
+/// A packet to an address of Services that is no frontend.
+fn owned_address(packet: &mut Packet, vip: Vip, origin: Origin, cx: &Context<'_>) {
+    if is_cluster_internal(packet, vip.cluster_ip, origin, cx) {
+        return packet.drop(Reason::ClusterInternal);
+    }
+    match packet.layer4 {
+        Layer4::Echo { request: true } => packet.answer(Answer::EchoReply, Reason::EchoAnswered),
+        Layer4::Echo { request: false } | Layer4::IcmpOther => packet.drop(Reason::IcmpNotForUs),
+        Layer4::IcmpError => packet.drop(Reason::NoFlow),
+        Layer4::Fragment => packet.drop(Reason::Fragment),
+        Layer4::Malformed => packet.drop(Reason::BadL4Header),
+        Layer4::Tcp { flags } if !tcp::valid_flags(flags) => packet.drop(Reason::BadTcpFlags),
+        Layer4::Tcp { .. } | Layer4::Udp | Layer4::Sctp | Layer4::Other => {
+            reject(packet, Reason::UnknownPort)
+        }
+    }
+}
+
+/// TCP gets a RST, since an ICMP error would leave the client waiting; everything else ICMP port unreachable.
+fn reject(packet: &mut Packet, reason: Reason) {
+    match packet.layer4 {
+        // RFC 9293 section 3.10.7.1: a RST is never answered.
+        Layer4::Tcp { flags } if flags & tcp::RST != 0 => packet.drop(reason),
+        Layer4::Tcp { .. } if packet.tuple.protocol == protocol::TCP => packet.answer(Answer::Reset, reason),
+        _ => packet.answer(Answer::PortUnreachable, reason),
+    }
+}

@@ -1,0 +1,345 @@
+//! The pipeline on whole packets: a gateway with a client side and a pod side, one Service, no I/O.
+
+mod rig;
+
+use forwarder::addr::Addr;
+use forwarder::verdict::{Reason, Verdict};
+use rig::{
+    CLIENT, CLUSTER_IP, Gateway, INSIDE, OUTSIDE, POD_1, POD_2, VIP, checksums_right, describe, tcp, udp,
+};
+
+const SYN: u8 = 0x02;
+const ACK: u8 = 0x10;
+
+#[test]
+fn a_connection_goes_to_one_endpoint_and_back() {
+    let mut gateway = Gateway::new();
+    let out = gateway.forwarded(OUTSIDE, INSIDE, &tcp(CLIENT, 4242, VIP, 80, SYN, b""));
+    let (endpoint, _) = describe(&out).split_once(" S").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+    assert!(endpoint.starts_with("tcp 198.51.100.7:4242 > 10.244."), "{endpoint}");
+    assert!(checksums_right(&out));
+    let pod = rig::destination(&out);
+    let back = gateway.forwarded(INSIDE, OUTSIDE, &tcp(pod, 8080, CLIENT, 4242, SYN | ACK, b""));
+    assert!(describe(&back).starts_with("tcp 203.0.113.10:80 > 198.51.100.7:4242"), "{}", describe(&back));
+    assert!(checksums_right(&back));
+    let again = gateway.forwarded(OUTSIDE, INSIDE, &tcp(CLIENT, 4242, VIP, 80, ACK, b"GET /"));
+    assert_eq!(rig::destination(&again), pod);
+    assert_eq!(gateway.flows(), 1);
+}
+
+#[test]
+fn ttl_counts_and_the_link_layer_is_the_next_hop() {
+    let mut gateway = Gateway::new();
+    let packet = udp(CLIENT, 1000, VIP, 53, b"?");
+    let out = gateway.forwarded(OUTSIDE, INSIDE, &packet);
+    assert_eq!(out[22], packet[22] - 1);
+    assert_eq!(&out[..6], &rig::NODE_MAC);
+    assert_eq!(&out[6..12], &rig::port_mac(INSIDE));
+}
+
+#[test]
+fn a_zero_udp_checksum_stays_zero() {
+    let mut gateway = Gateway::new();
+    let mut packet = udp(CLIENT, 1000, VIP, 53, b"?");
+    packet[40..42].fill(0);
+    let out = gateway.forwarded(OUTSIDE, INSIDE, &packet);
+    assert_eq!(&out[40..42], &[0, 0]);
+}
+
+#[test]
+fn a_bad_checksum_stays_bad() {
+    let mut gateway = Gateway::new();
+    let mut packet = udp(CLIENT, 1000, VIP, 53, b"?");
+    packet[41] ^= 0x55;
+    let out = gateway.forwarded(OUTSIDE, INSIDE, &packet);
+    assert!(!checksums_right(&out));
+}
+
+#[test]
+fn an_unfinished_checksum_is_finished_on_veth() {
+    let mut gateway = Gateway::new();
+    for packet in [
+        udp(CLIENT, 1000, VIP, 53, b"odd"),
+        tcp(CLIENT, 1001, VIP, 80, SYN, b""),
+        udp(rig::addr("2001:db8:1::7"), 1000, rig::addr("2001:db8::10"), 53, b"v6"),
+    ] {
+        let out = gateway.forwarded(OUTSIDE, INSIDE, &rig::leave_checksum_unfinished(packet));
+        assert!(checksums_right(&out), "{}", describe(&out));
+    }
+}
+
+#[test]
+fn ipv6_is_translated_both_ways() {
+    let mut gateway = Gateway::new();
+    let client: Addr = rig::addr("2001:db8:1::7");
+    let out = gateway.forwarded(OUTSIDE, INSIDE, &tcp(client, 4242, rig::addr("2001:db8::10"), 80, SYN, b""));
+    assert!(checksums_right(&out));
+    let pod = rig::destination(&out);
+    assert_eq!(pod, rig::addr("fd00:244:0:1::5"));
+    let back = gateway.forwarded(INSIDE, OUTSIDE, &tcp(pod, 8080, client, 4242, SYN | ACK, b""));
+    assert!(checksums_right(&back));
+    assert_eq!(rig::source(&back), rig::addr("2001:db8::10"));
+}
+
+#[test]
+fn masquerade_takes_an_address_of_the_gateway_and_gives_the_answer_back() {
+    let mut gateway = Gateway::new();
+    gateway.masquerade(true);
+    let mut sources = std::collections::HashSet::new();
+    for port in 2000..2100 {
+        let out = gateway.forwarded(OUTSIDE, INSIDE, &udp(CLIENT, port, VIP, 53, b"?"));
+        assert_eq!(rig::source(&out), rig::addr("10.0.0.1"));
+        let snat = rig::ports(&out).0;
+        assert!((61000..=61999).contains(&snat), "{snat}");
+        assert!(sources.insert((rig::destination(&out), snat)), "source port {snat} used twice");
+        let back = gateway.forwarded(
+            INSIDE,
+            OUTSIDE,
+            &udp(rig::destination(&out), 5353, rig::addr("10.0.0.1"), snat, b"!"),
+        );
+        assert_eq!((rig::source(&back), rig::destination(&back)), (VIP, CLIENT));
+        assert_eq!(rig::ports(&back), (53, port));
+        assert!(checksums_right(&back));
+    }
+}
+
+#[test]
+fn a_client_port_inside_the_range_is_kept() {
+    let mut gateway = Gateway::new();
+    gateway.masquerade(true);
+    let out = gateway.forwarded(OUTSIDE, INSIDE, &udp(CLIENT, 61234, VIP, 53, b"?"));
+    assert_eq!(rig::ports(&out).0, 61234);
+}
+
+#[test]
+fn a_pod_that_reaches_itself_is_masqueraded() {
+    let mut gateway = Gateway::new();
+    for port in 3000..3064 {
+        let out = gateway.forwarded(INSIDE, INSIDE, &udp(POD_1, port, CLUSTER_IP, 53, b"?"));
+        let hairpin = rig::destination(&out) == POD_1;
+        assert_eq!(rig::source(&out) != POD_1, hairpin);
+    }
+}
+
+#[test]
+fn two_vips_with_one_endpoint_and_one_client_port_stay_apart() {
+    let mut gateway = Gateway::new();
+    gateway.one_endpoint();
+    let first = gateway.forwarded(INSIDE, INSIDE, &udp(POD_2, 7000, CLUSTER_IP, 53, b"1"));
+    let second = gateway.forwarded(INSIDE, INSIDE, &udp(POD_2, 7000, VIP, 53, b"2"));
+    assert_eq!(rig::ports(&first).0, 7000);
+    assert_ne!(rig::ports(&second).0, 7000);
+    let back = gateway.forwarded(INSIDE, INSIDE, &udp(POD_1, 5353, POD_2, rig::ports(&second).0, b"2"));
+    assert_eq!((rig::source(&back), rig::ports(&back)), (VIP, (53, 7000)));
+}
+
+#[test]
+fn rejects_speak_the_protocol_of_the_client() {
+    let mut gateway = Gateway::new();
+    let reset = gateway.answered(OUTSIDE, Reason::UnknownPort, &tcp(CLIENT, 4242, VIP, 81, SYN, b""));
+    assert!(
+        describe(&reset).starts_with("tcp 203.0.113.10:81 > 198.51.100.7:4242 RA"),
+        "{}",
+        describe(&reset)
+    );
+    assert!(checksums_right(&reset));
+    let unreachable = gateway.answered(OUTSIDE, Reason::UnknownPort, &udp(CLIENT, 4242, VIP, 81, b"x"));
+    assert!(
+        describe(&unreachable).starts_with("icmp 198.51.100.1 > 198.51.100.7 3/3"),
+        "{}",
+        describe(&unreachable)
+    );
+    assert!(checksums_right(&unreachable));
+    assert_eq!(gateway.flows(), 0, "a rejected packet never creates a flow");
+    let silent = gateway.judge(OUTSIDE, &tcp(CLIENT, 4242, VIP, 81, 0x04, b""));
+    assert_eq!(silent.0, Verdict::Drop(Reason::UnknownPort), "a RST is never answered");
+}
+
+#[test]
+fn a_ping_of_an_owned_address_is_answered() {
+    let mut gateway = Gateway::new();
+    let reply = gateway.answered(OUTSIDE, Reason::EchoAnswered, &rig::echo(CLIENT, VIP, 7, b"payload"));
+    assert!(describe(&reply).starts_with("icmp 203.0.113.10 > 198.51.100.7 0/0"), "{}", describe(&reply));
+    assert!(checksums_right(&reply));
+}
+
+#[test]
+fn a_cluster_ip_is_for_the_inside() {
+    let mut gateway = Gateway::new();
+    let from = |gateway: &mut Gateway| gateway.judge(OUTSIDE, &udp(CLIENT, 1, CLUSTER_IP, 53, b"")).0;
+    assert_eq!(from(&mut gateway), Verdict::Drop(Reason::ClusterInternal));
+    gateway.expose_cluster_ips();
+    assert!(matches!(from(&mut gateway), Verdict::Forward { .. }));
+    let unknown = gateway.judge(INSIDE, &udp(POD_1, 1, rig::addr("10.96.77.77"), 53, b"")).0;
+    assert_eq!(unknown, Verdict::Drop(Reason::UnknownService));
+}
+
+#[test]
+fn errors_about_hops_and_sizes_come_from_the_vip() {
+    let mut gateway = Gateway::new();
+    let mut packet = udp(CLIENT, 1000, VIP, 53, b"?");
+    rig::set_ttl(&mut packet, 1);
+    let error = gateway.answered(OUTSIDE, Reason::TtlExceeded, &packet);
+    assert!(describe(&error).starts_with("icmp 203.0.113.10 > 198.51.100.7 11/0"), "{}", describe(&error));
+    assert!(checksums_right(&error));
+    assert_eq!(&error[42..], &packet[14..], "the packet is quoted as it came");
+    let error = gateway.answered(OUTSIDE, Reason::PacketTooBig, &udp(CLIENT, 1000, VIP, 53, &[0; 1473]));
+    assert!(
+        describe(&error).starts_with("icmp 203.0.113.10 > 198.51.100.7 3/4 mtu 1500"),
+        "{}",
+        describe(&error)
+    );
+    assert_eq!(error.len(), 14 + 576);
+    assert_eq!(gateway.flows(), 0);
+}
+
+#[test]
+fn an_icmp_error_is_translated_with_the_packet_that_it_quotes() {
+    let mut gateway = Gateway::new();
+    let request = udp(CLIENT, 1000, VIP, 53, b"?");
+    let out = gateway.forwarded(OUTSIDE, INSIDE, &request);
+    let pod = rig::destination(&out);
+    for sender in [pod, rig::addr("10.244.9.9")] {
+        let error = rig::unreachable(sender, CLIENT, &out[14..]);
+        let back = gateway.forwarded(INSIDE, OUTSIDE, &error);
+        assert!(describe(&back).starts_with("icmp 203.0.113.10 > 198.51.100.7 3/3"), "{}", describe(&back));
+        assert!(checksums_right(&back));
+        let quoted = &back[42..];
+        assert_eq!(
+            &quoted[12..28],
+            &request[26..42],
+            "addresses, ports, length and checksum as the client sent them"
+        );
+    }
+    let unknown = rig::unreachable(rig::addr("198.51.100.9"), VIP, &udp(VIP, 53, CLIENT, 9, b"")[14..]);
+    assert_eq!(gateway.judge(OUTSIDE, &unknown).0, Verdict::Drop(Reason::NoFlow));
+}
+
+#[test]
+fn spoofed_and_martian_sources_are_dropped() {
+    let mut gateway = Gateway::new();
+    let drop = |gateway: &mut Gateway, port, packet: Vec<u8>| gateway.judge(port, &packet).0;
+    let spoofed = Verdict::Drop(Reason::SpoofedSource);
+    assert_eq!(
+        drop(&mut gateway, OUTSIDE, udp(POD_1, 1, VIP, 53, b"")),
+        spoofed,
+        "pod source from the outside"
+    );
+    assert_eq!(
+        drop(&mut gateway, INSIDE, udp(CLIENT, 1, VIP, 53, b"")),
+        spoofed,
+        "client source from the inside"
+    );
+    assert_eq!(
+        drop(&mut gateway, OUTSIDE, udp(rig::addr("198.51.100.1"), 1, VIP, 53, b"")),
+        spoofed,
+        "own address"
+    );
+    assert_eq!(drop(&mut gateway, OUTSIDE, udp(VIP, 1, POD_1, 53, b"")), spoofed, "VIP as source");
+    let martian = Verdict::Drop(Reason::MartianSource);
+    for source in ["127.0.0.1", "0.0.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::1", "ff02::1"] {
+        let source = rig::addr(source);
+        let to = if source.is_v4() { VIP } else { rig::addr("2001:db8::10") };
+        assert_eq!(drop(&mut gateway, OUTSIDE, udp(source, 1, to, 53, b"")), martian, "{source}");
+    }
+    assert_eq!(drop(&mut gateway, OUTSIDE, udp(VIP, 53, VIP, 53, b"")), Verdict::Drop(Reason::Land));
+}
+
+#[test]
+fn frames_for_others_are_not_forwarded() {
+    let mut gateway = Gateway::new();
+    for mac in [[0xff; 6], [1, 0, 0x5e, 0, 0, 1], [2, 9, 9, 9, 9, 9]] {
+        let mut packet = udp(CLIENT, 1, VIP, 53, b"");
+        packet[..6].copy_from_slice(&mac);
+        assert_eq!(gateway.judge(OUTSIDE, &packet).0, Verdict::Drop(Reason::NotOurMac));
+    }
+}
+
+#[test]
+fn what_is_not_ours_is_punted_untouched() {
+    let mut gateway = Gateway::new();
+    let mut arp = vec![0u8; 60];
+    arp[..6].copy_from_slice(&rig::port_mac(OUTSIDE));
+    arp[12..14].copy_from_slice(&[0x08, 0x06]);
+    for packet in [
+        arp,
+        udp(CLIENT, 1, rig::addr("198.51.100.1"), 22, b""),
+        udp(CLIENT, 1, rig::addr("224.0.0.5"), 22, b""),
+    ] {
+        let (verdict, after) = gateway.judge(OUTSIDE, &packet);
+        assert_eq!(verdict, Verdict::Punt);
+        assert_eq!(after[6..], packet[6..]);
+    }
+}
+
+#[test]
+fn link_layer_padding_does_not_leave() {
+    let mut gateway = Gateway::new();
+    let mut packet = udp(CLIENT, 1, VIP, 53, b"x");
+    packet.extend([0xa5; 17]);
+    let out = gateway.forwarded(OUTSIDE, INSIDE, &packet);
+    assert_eq!(out.len(), 14 + 20 + 8 + 1);
+}
+
+#[test]
+fn a_vlan_tag_is_kept() {
+    let mut gateway = Gateway::new();
+    let mut packet = udp(CLIENT, 1, VIP, 53, b"x");
+    packet.splice(12..12, [0x81, 0x00, 0x00, 0x2a]);
+    let out = gateway.forwarded(OUTSIDE, INSIDE, &packet);
+    assert_eq!(&out[12..16], &[0x81, 0x00, 0x00, 0x2a]);
+    assert_eq!(&out[16..18], &[0x08, 0x00]);
+}
+
+#[test]
+fn session_affinity_goes_by_client_whatever_the_vip() {
+    let mut gateway = Gateway::new();
+    gateway.affinity(10_800);
+    let first = rig::destination(&gateway.forwarded(OUTSIDE, INSIDE, &tcp(CLIENT, 1, VIP, 80, SYN, b"")));
+    for port in 2..40 {
+        let out = gateway.forwarded(OUTSIDE, INSIDE, &tcp(CLIENT, port, VIP, 80, SYN, b""));
+        assert_eq!(rig::destination(&out), first);
+    }
+    gateway.now_s += 10_801;
+    let mut seen = std::collections::HashSet::new();
+    for port in 100..140 {
+        gateway.now_s += 10_801;
+        seen.insert(rig::destination(&gateway.forwarded(
+            OUTSIDE,
+            INSIDE,
+            &tcp(CLIENT, port, VIP, 80, SYN, b""),
+        )));
+    }
+    assert_eq!(seen.len(), 2, "after expiry the choice is random again");
+}
+
+#[test]
+fn the_end_of_a_connection_frees_its_ports() {
+    let mut gateway = Gateway::new();
+    gateway.forwarded(OUTSIDE, INSIDE, &tcp(CLIENT, 4242, VIP, 80, SYN, b""));
+    gateway.forwarded(OUTSIDE, INSIDE, &tcp(CLIENT, 4242, VIP, 80, 0x04, b""));
+    gateway.forwarded(OUTSIDE, INSIDE, &tcp(CLIENT, 4242, VIP, 80, SYN, b""));
+    assert_eq!(gateway.flows(), 1);
+    for reason in [0x04u8, 0x11] {
+        let verdict = gateway.judge(OUTSIDE, &tcp(CLIENT, 5555, VIP, 80, reason, b"")).0;
+        assert_eq!(verdict, Verdict::Drop(Reason::NoFlow), "the end of a connection that nobody knows");
+    }
+}
+
+#[test]
+fn every_truncation_has_a_verdict() {
+    let mut gateway = Gateway::new();
+    let packets = [
+        udp(CLIENT, 1, VIP, 53, b"payload"),
+        tcp(CLIENT, 1, VIP, 80, SYN, b"payload"),
+        tcp(rig::addr("2001:db8:1::7"), 1, rig::addr("2001:db8::10"), 80, SYN, b"payload"),
+        rig::unreachable(POD_1, CLIENT, &udp(CLIENT, 1, POD_1, 53, b"payload")[14..]),
+        rig::echo(CLIENT, VIP, 7, b"payload"),
+    ];
+    for packet in packets {
+        for len in 0..=packet.len() {
+            let (verdict, _) = gateway.judge(OUTSIDE, &packet[..len]);
+            assert_ne!(verdict, Verdict::Undecided, "{len} bytes");
+        }
+    }
+}

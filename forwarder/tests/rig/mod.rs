@@ -1,0 +1,416 @@
+//! A gateway with two ports, a Service with two pods in each family, and packets for it.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use af_xdp::{FramePool, Umem};
+use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader};
+use forwarder::addr::{Addr, protocol};
+use forwarder::packet::Packet;
+use forwarder::pipeline::{self, AnswerBudget, Context, Rng};
+use forwarder::stage::flow::Phase;
+use forwarder::stats::Counters;
+use forwarder::table::flow_map::{FlowMap, FlowMapConfig, FlowWorker};
+use forwarder::table::lpm::Lpm;
+use forwarder::table::maglev::Maglev;
+use forwarder::tables::*;
+use forwarder::verdict::{Reason, Verdict};
+
+pub const OUTSIDE: u8 = 0;
+pub const INSIDE: u8 = 1;
+pub const CLIENT: Addr = Addr::v4(0xc633_6407);
+pub const VIP: Addr = Addr::v4(0xcb00_710a);
+pub const CLUSTER_IP: Addr = Addr::v4(0x0a60_000a);
+pub const POD_1: Addr = Addr::v4(0x0af4_0105);
+pub const POD_2: Addr = Addr::v4(0x0af4_0206);
+pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xc];
+pub const NODE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xb];
+
+pub fn port_mac(port: u8) -> [u8; 6] {
+    [2, 0, 0, 0, 1, port]
+}
+
+pub fn addr(text: &str) -> Addr {
+    text.parse::<IpAddr>().unwrap().into()
+}
+
+pub struct Gateway {
+    tables: Tables,
+    fib: Fib,
+    flows: FlowMap,
+    flow_worker: FlowWorker,
+    affinity: FlowMap,
+    affinity_worker: FlowWorker,
+    rng: Rng,
+    answers: AnswerBudget,
+    counters: Counters,
+    pool: FramePool,
+    pub now_s: u32,
+}
+
+impl Gateway {
+    pub fn new() -> Gateway {
+        let mut timeouts_s = [60; 16];
+        timeouts_s[..8].copy_from_slice(&[240, 7440, 240, 30, 300, 60, 300, 10_800]);
+        let config = FlowMapConfig {
+            capacity: 1024,
+            embryonic_share: 100,
+            timeouts_s,
+            embryonic_phases: Phase::EMBRYONIC,
+            workers: 1,
+        };
+        let flows = FlowMap::anonymous(config);
+        let affinity = FlowMap::anonymous(config);
+        let (flow_worker, affinity_worker) = (flows.worker(0), affinity.worker(0));
+        let mut gateway = Gateway {
+            tables: Tables { generation: 1, ..Tables::default() },
+            fib: fib(),
+            flows,
+            flow_worker,
+            affinity,
+            affinity_worker,
+            rng: Rng::new(1),
+            answers: AnswerBudget::new(1_000_000),
+            counters: Counters::default(),
+            pool: Umem::anonymous(8, 4096).take_frames().unwrap(),
+            now_s: 1000,
+        };
+        gateway.tables.identities = Arc::new(Lpm::build(
+            [
+                ("10.244.0.0/16", Identity::Pod),
+                ("fd00:244::/48", Identity::Pod),
+                ("10.96.0.0/16", Identity::ServiceRange),
+                ("fd00:96::/112", Identity::ServiceRange),
+                ("10.0.0.2/32", Identity::Node),
+            ]
+            .map(|(net, who)| (net.parse().unwrap(), who)),
+        ));
+        gateway.tables.settings = Arc::new(Settings {
+            ports: vec![
+                PortSettings { outside: true, partial_checksums: true, ..PortSettings::default() },
+                PortSettings { inside: true, partial_checksums: true, ..PortSettings::default() },
+            ],
+            snat_port_first: 61000,
+            snat_port_last: 61999,
+            ..Settings::default()
+        });
+        gateway.serve(false, None, 2);
+        gateway
+    }
+
+    fn serve(&mut self, masquerade: bool, affinity_timeout_s: Option<u32>, pods: usize) {
+        let frontends = [
+            (VIP, FrontendKind::LoadBalancer),
+            (CLUSTER_IP, FrontendKind::ClusterIp),
+            (addr("2001:db8::10"), FrontendKind::LoadBalancer),
+        ];
+        for (vip, kind) in frontends {
+            let owned = Vip { frontends: 2, cluster_ip: kind == FrontendKind::ClusterIp };
+            self.tables.vips.insert(vip, owned);
+            for (port, target, number) in [(80, 8080, protocol::TCP), (53, 5353, protocol::UDP)] {
+                let endpoints: Vec<Endpoint> =
+                    if vip.is_v4() { vec![POD_1, POD_2] } else { vec![addr("fd00:244:0:1::5")] }
+                        .into_iter()
+                        .take(pods)
+                        .map(|addr| Endpoint {
+                            addr,
+                            port: target,
+                            name: "default/web".into(),
+                            node: "node-1".into(),
+                        })
+                        .collect();
+                let hashes: Vec<(u64, u32)> = endpoints.iter().map(|e| (e.addr.0 as u64, 1)).collect();
+                let backends = Arc::new(Backends { maglev: Maglev::build(7, &hashes), endpoints });
+                let action =
+                    |masquerade| Action::Dnat { backends: backends.clone(), masquerade, list: List::Cluster };
+                let service = ServicePort {
+                    id: 1,
+                    stable_id: u64::from(port),
+                    namespace: "default".into(),
+                    name: "web".into(),
+                    port_name: String::new(),
+                    resource_version: String::new(),
+                    affinity_timeout_s,
+                };
+                let frontend = Frontend {
+                    service: Arc::new(service),
+                    kind,
+                    from_outside: action(masquerade),
+                    from_pod: action(false),
+                    from_node: action(false),
+                    source_ranges: Arc::new([]),
+                };
+                self.tables
+                    .frontends
+                    .insert(FrontendKey { addr: vip, port, protocol: number }, Arc::new(frontend));
+            }
+        }
+    }
+
+    pub fn masquerade(&mut self, masquerade: bool) {
+        self.serve(masquerade, None, 2);
+    }
+
+    pub fn affinity(&mut self, timeout_s: u32) {
+        self.serve(false, Some(timeout_s), 2);
+    }
+
+    pub fn one_endpoint(&mut self) {
+        self.serve(false, None, 1);
+    }
+
+    pub fn expose_cluster_ips(&mut self) {
+        let mut settings = (*self.tables.settings).clone();
+        settings.ports[usize::from(OUTSIDE)].expose_cluster_ips = true;
+        self.tables.settings = Arc::new(settings);
+    }
+
+    pub fn flows(&self) -> usize {
+        self.flows.len()
+    }
+
+    /// Judges and rewrites one packet; returns the frame as it leaves, or as it came.
+    pub fn judge(&mut self, port: u8, bytes: &[u8]) -> (Verdict, Vec<u8>) {
+        let mut bytes = bytes.to_vec();
+        if bytes.len() >= 6 && bytes[..6] == ROUTER_MAC {
+            bytes[..6].copy_from_slice(&port_mac(port));
+        }
+        let frame = self.pool.frame_from(&bytes).unwrap();
+        let mut burst = [Packet::new(frame, 0, port)];
+        let mut cx = Context {
+            tables: &self.tables,
+            fib: &self.fib,
+            flows: &self.flows,
+            flow_worker: &mut self.flow_worker,
+            affinity: &self.affinity,
+            affinity_worker: &mut self.affinity_worker,
+            now_s: self.now_s,
+            rng: &mut self.rng,
+            answers: &mut self.answers,
+            counters: &self.counters,
+            read_only: false,
+        };
+        pipeline::run(&mut burst, &mut cx, &mut ());
+        pipeline::count(&burst, &self.counters);
+        let [mut packet] = burst;
+        assert_eq!(packet.frame.data(), bytes, "judging changes no frame");
+        if matches!(packet.verdict, Verdict::Forward { .. } | Verdict::Answer { .. }) {
+            assert!(pipeline::rewrite(&mut packet, &[], &self.fib));
+        }
+        let out = packet.frame.data().to_vec();
+        self.pool.push(packet.frame);
+        self.flows.quiescent(&mut self.flow_worker);
+        self.affinity.quiescent(&mut self.affinity_worker);
+        (packet.verdict, out)
+    }
+
+    pub fn forwarded(&mut self, port: u8, to: u8, bytes: &[u8]) -> Vec<u8> {
+        let (verdict, out) = self.judge(port, bytes);
+        assert_eq!(verdict, Verdict::Forward { port: to }, "{}", describe(bytes));
+        out
+    }
+
+    pub fn answered(&mut self, port: u8, reason: Reason, bytes: &[u8]) -> Vec<u8> {
+        let (verdict, out) = self.judge(port, bytes);
+        assert_eq!(verdict, Verdict::Answer { port, reason }, "{}", describe(bytes));
+        assert_eq!(&out[..6], &bytes[6..12], "back to the sender");
+        out
+    }
+}
+
+fn fib() -> Fib {
+    let hop = |port, gateway: &str, mac| NextHop { port, gateway: addr(gateway), mac: Some(mac), mtu: 1500 };
+    let link = |port, v4: &str, v6: &str| PortLink {
+        mac: port_mac(port),
+        mtu: 1500,
+        up: true,
+        v4: Some(addr(v4)),
+        v6: Some(addr(v6)),
+    };
+    let routes = [
+        ("0.0.0.0/0", Route::NextHop(0)),
+        ("::/0", Route::NextHop(0)),
+        ("10.244.0.0/16", Route::NextHop(1)),
+        ("fd00:244::/48", Route::NextHop(1)),
+        ("198.51.100.1/32", Route::Local),
+        ("10.0.0.1/32", Route::Local),
+    ];
+    Fib {
+        epoch: 1,
+        routes: Arc::new(Lpm::build(routes.map(|(net, route)| (net.parse().unwrap(), route)))),
+        next_hops: vec![hop(OUTSIDE, "198.51.100.254", CLIENT_MAC), hop(INSIDE, "10.0.0.2", NODE_MAC)],
+        ports: vec![link(OUTSIDE, "198.51.100.1", "2001:db8:1::1"), link(INSIDE, "10.0.0.1", "fd00:1::1")],
+    }
+}
+
+/// Stands for the link-layer address of whatever port a packet comes in by.
+const ROUTER_MAC: [u8; 6] = [2, 0, 0, 0, 1, 0xff];
+
+/// A whole frame around `l4`, which has its checksum already.
+fn frame(src: Addr, dst: Addr, protocol: u8, l4: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let ethernet = PacketBuilder::ethernet2(CLIENT_MAC, ROUTER_MAC);
+    let builder = match (IpAddr::from(src), IpAddr::from(dst)) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => ethernet.ipv4(src.octets(), dst.octets(), 64),
+        (IpAddr::V6(src), IpAddr::V6(dst)) => ethernet.ipv6(src.octets(), dst.octets(), 64),
+        _ => panic!("two families in one packet"),
+    };
+    builder.write(&mut bytes, protocol.into(), l4).unwrap();
+    bytes
+}
+
+fn with_checksum(src: Addr, dst: Addr, mut transport: TransportHeader, payload: &[u8]) -> Vec<u8> {
+    match (IpAddr::from(src), IpAddr::from(dst)) {
+        (IpAddr::V4(s), IpAddr::V4(d)) => {
+            let ip =
+                etherparse::Ipv4Header::new(0, 64, etherparse::IpNumber(0), s.octets(), d.octets()).unwrap();
+            transport.update_checksum_ipv4(&ip, payload).unwrap();
+        }
+        (IpAddr::V6(s), IpAddr::V6(d)) => {
+            let ip =
+                etherparse::Ipv6Header { source: s.octets(), destination: d.octets(), ..Default::default() };
+            transport.update_checksum_ipv6(&ip, payload).unwrap();
+        }
+        _ => panic!("two families in one packet"),
+    }
+    let mut bytes = Vec::new();
+    transport.write(&mut bytes).unwrap();
+    bytes.extend(payload);
+    bytes
+}
+
+pub fn tcp(src: Addr, src_port: u16, dst: Addr, dst_port: u16, flags: u8, payload: &[u8]) -> Vec<u8> {
+    let mut header = etherparse::TcpHeader::new(src_port, dst_port, 1000, 64240);
+    header.fin = flags & 0x01 != 0;
+    header.syn = flags & 0x02 != 0;
+    header.rst = flags & 0x04 != 0;
+    header.ack = flags & 0x10 != 0;
+    frame(src, dst, protocol::TCP, &with_checksum(src, dst, TransportHeader::Tcp(header), payload))
+}
+
+pub fn udp(src: Addr, src_port: u16, dst: Addr, dst_port: u16, payload: &[u8]) -> Vec<u8> {
+    let length = 8 + payload.len() as u16;
+    let header =
+        etherparse::UdpHeader { source_port: src_port, destination_port: dst_port, length, checksum: 0 };
+    frame(src, dst, protocol::UDP, &with_checksum(src, dst, TransportHeader::Udp(header), payload))
+}
+
+pub fn echo(src: Addr, dst: Addr, id: u16, payload: &[u8]) -> Vec<u8> {
+    let echo = etherparse::IcmpEchoHeader { id, seq: 1 };
+    let header = etherparse::Icmpv4Header::with_checksum(etherparse::Icmpv4Type::EchoRequest(echo), payload);
+    let mut l4 = header.to_bytes().to_vec();
+    l4.extend(payload);
+    frame(src, dst, protocol::ICMP, &l4)
+}
+
+/// ICMP port unreachable from `src` to `dst` about the IP packet `quoted`.
+pub fn unreachable(src: Addr, dst: Addr, quoted: &[u8]) -> Vec<u8> {
+    let kind =
+        etherparse::Icmpv4Type::DestinationUnreachable(etherparse::icmpv4::DestUnreachableHeader::Port);
+    let mut l4 = etherparse::Icmpv4Header::with_checksum(kind, quoted).to_bytes().to_vec();
+    l4.extend(quoted);
+    frame(src, dst, protocol::ICMP, &l4)
+}
+
+/// Puts the pseudo-header sum alone into the checksum field, as Linux does before the hardware.
+pub fn leave_checksum_unfinished(mut packet: Vec<u8>) -> Vec<u8> {
+    let (src, dst) = (source(&packet), destination(&packet));
+    let l4 = l4_offset(&packet);
+    let number = if src.is_v4() { packet[23] } else { packet[20] };
+    let at = l4 + if number == protocol::TCP { 16 } else { 6 };
+    let words = |addr: Addr| -> u32 {
+        let bytes =
+            if addr.is_v4() { addr.v4_bits().to_be_bytes().to_vec() } else { addr.0.to_be_bytes().to_vec() };
+        bytes.chunks(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]]))).sum()
+    };
+    let mut sum = words(src) + words(dst) + u32::from(number) + (packet.len() - l4) as u32;
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    packet[at..at + 2].copy_from_slice(&(sum as u16).to_be_bytes());
+    packet
+}
+
+pub fn set_ttl(packet: &mut [u8], ttl: u8) {
+    packet[22] = ttl;
+    packet[24..26].fill(0);
+    let mut sum: u32 = packet[14..34].chunks(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]]))).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    packet[24..26].copy_from_slice(&(!sum as u16).to_be_bytes());
+}
+
+fn l4_offset(packet: &[u8]) -> usize {
+    if packet[12..14] == [0x08, 0] { 34 } else { 54 }
+}
+
+pub fn source(packet: &[u8]) -> Addr {
+    match PacketHeaders::from_ethernet_slice(packet).unwrap().net {
+        Some(NetHeaders::Ipv4(ip, _)) => IpAddr::from(ip.source).into(),
+        Some(NetHeaders::Ipv6(ip, _)) => IpAddr::from(ip.source).into(),
+        _ => panic!("no IP"),
+    }
+}
+
+pub fn destination(packet: &[u8]) -> Addr {
+    match PacketHeaders::from_ethernet_slice(packet).unwrap().net {
+        Some(NetHeaders::Ipv4(ip, _)) => IpAddr::from(ip.destination).into(),
+        Some(NetHeaders::Ipv6(ip, _)) => IpAddr::from(ip.destination).into(),
+        _ => panic!("no IP"),
+    }
+}
+
+pub fn ports(packet: &[u8]) -> (u16, u16) {
+    match PacketHeaders::from_ethernet_slice(packet).unwrap().transport {
+        Some(TransportHeader::Udp(udp)) => (udp.source_port, udp.destination_port),
+        Some(TransportHeader::Tcp(tcp)) => (tcp.source_port, tcp.destination_port),
+        _ => panic!("no ports"),
+    }
+}
+
+/// One line about a packet: protocol, addresses, ports, flags; for ICMP its type and code.
+pub fn describe(packet: &[u8]) -> String {
+    let (src, dst) = (source(packet), destination(packet));
+    match PacketHeaders::from_ethernet_slice(packet).unwrap().transport {
+        Some(TransportHeader::Tcp(tcp)) => {
+            let flags = [(tcp.syn, 'S'), (tcp.fin, 'F'), (tcp.rst, 'R'), (tcp.ack, 'A')];
+            let flags: String = flags.iter().filter(|f| f.0).map(|f| f.1).collect();
+            format!("tcp {src}:{} > {dst}:{} {flags}", tcp.source_port, tcp.destination_port)
+        }
+        Some(TransportHeader::Udp(udp)) => {
+            format!("udp {src}:{} > {dst}:{}", udp.source_port, udp.destination_port)
+        }
+        Some(TransportHeader::Icmpv4(_)) => {
+            let l4 = l4_offset(packet);
+            let mtu = match packet[l4..l4 + 2] {
+                [3, 4] => format!(" mtu {}", u16::from_be_bytes([packet[l4 + 6], packet[l4 + 7]])),
+                _ => String::new(),
+            };
+            format!("icmp {src} > {dst} {}/{}{mtu}", packet[l4], packet[l4 + 1])
+        }
+        other => format!("{src} > {dst} {other:?}"),
+    }
+}
+
+/// True if the checksums of the IP header and of layer 4 are right, computed anew by another library.
+pub fn checksums_right(packet: &[u8]) -> bool {
+    let headers = PacketHeaders::from_ethernet_slice(packet).unwrap();
+    let payload = headers.payload.slice();
+    let net = headers.net.unwrap();
+    if let NetHeaders::Ipv4(ip, _) = &net
+        && ip.calc_header_checksum() != ip.header_checksum
+    {
+        return false;
+    }
+    let mut transport = headers.transport.unwrap();
+    let (mut before, mut after) = (Vec::new(), Vec::new());
+    transport.write(&mut before).unwrap();
+    match &net {
+        NetHeaders::Ipv4(ip, _) => transport.update_checksum_ipv4(ip, payload).unwrap(),
+        NetHeaders::Ipv6(ip, _) => transport.update_checksum_ipv6(ip, payload).unwrap(),
+        _ => panic!("no IP"),
+    }
+    transport.write(&mut after).unwrap();
+    before == after
+}
