@@ -71,8 +71,8 @@ impl Burst {
         self.tails.drain(..).for_each(|tail| pool.push(tail.frame));
     }
 
-    /// Takes the first `packets` off, whose frames went elsewhere or go onto the pool with the rest of `drain`.
-    pub(crate) fn remove_front(&mut self, packets: usize, mut gone: impl FnMut(Frame)) {
+    /// Takes the first `packets` packets off; their frames go to `gone`, those of heads first.
+    pub fn remove_front(&mut self, packets: usize, mut gone: impl FnMut(Frame)) {
         self.heads.drain(..packets).for_each(&mut gone);
         if !self.tails.is_empty() {
             let tails = self.tails.iter().take_while(|t| usize::from(t.of) < packets).count();

@@ -1,3 +1,132 @@
-//! To come.
+//! Ports: where packets come from and go to, behind one trait.
+//!
+//! A worker owns one queue of every port, and one [`FramePool`] for all of them, so that a frame goes from one port's RX
+//! ring to another's TX ring without being copied. Its loop, for each port in turn:
+//!
+//! ```text
+//! rx_burst      at most 64 packets; their RX entries stay in the ring
+//! pipeline      judges and rewrites; frames move into one Burst per port to leave by, or back onto the pool
+//! tx_burst      on each of those ports; what stays in the Burst did not fit: drop it with a reason, or try again
+//! kick          on each port that got something: the kernel sends
+//! release_rx    the burst is done with: what the worker still keeps (packets on hold) is its own from here on
+//! complete      on each port: frames that were sent are free again
+//! refill        on each port: free frames wait for packets
+//! ```
+//!
+//! Until `release_rx` the packets of the burst belong to the ring: if the process is killed, those that were not put on
+//! a TX ring come again, as they were received if only [`Frame::head_mut`](af_xdp::Frame::head_mut) has changed them.
+//! So release after transmitting, and refill after every port is released (a refill in between does nothing). Bursts of
+//! several ports may be open at once.
+//!
+//! Packets longer than a frame come as several: see [`Burst::tails`].
 
+use std::os::fd::BorrowedFd;
+
+pub use af_xdp::{Burst, Frame, FramePool, Kick, Tail};
+
+pub mod memory;
+pub mod pcap;
 pub mod xsk;
+
+/// One worker's queue of a port. Worker thread only; no method blocks, logs or allocates on the way of a packet of one
+/// frame.
+pub trait Port {
+    /// Appends at most `max` received packets to `burst`. Returns how many.
+    fn rx_burst(&mut self, pool: &mut FramePool, burst: &mut Burst, max: usize) -> usize;
+
+    /// Takes packets from the front of `burst` to send them. Returns how many; what did not fit stays in `burst`.
+    fn tx_burst(&mut self, pool: &mut FramePool, burst: &mut Burst) -> usize;
+
+    /// Sends what was taken. At most one system call where the port makes any, unless the kernel wants more.
+    fn kick(&mut self) -> Kick;
+
+    /// Ends all received bursts of this port.
+    fn release_rx(&mut self, pool: &mut FramePool);
+
+    /// Puts sent frames back onto the pool. Returns how many.
+    fn complete(&mut self, pool: &mut FramePool) -> usize;
+
+    /// Gives free frames to the port for what it will receive. Returns how many.
+    fn refill(&mut self, pool: &mut FramePool) -> usize;
+
+    /// A mark behind everything that was taken by [`Port::tx_burst`] so far.
+    fn tx_mark(&self) -> u32;
+
+    /// True once everything before `mark` has left the port, so that no packet made from older tables is left in it.
+    fn is_sent(&mut self, mark: u32) -> bool;
+
+    /// How packets are exchanged with the driver.
+    fn mode(&self) -> Mode;
+
+    /// What to poll(2) for `POLLIN` while there is nothing to do; `None`: the port never has to be waited for.
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Counters of the port's queue. A system call on AF_XDP: for the statistics page, not for each burst.
+    fn statistics(&self) -> Statistics;
+}
+
+/// How packets are exchanged with the driver, best first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Mode {
+    /// The driver reads and writes the frames itself.
+    ZeroCopy,
+    /// The driver's XDP hook runs the steering program, the kernel copies each packet.
+    NativeCopy,
+    /// The steering program runs behind the driver, on packets that the kernel has built already, and they are copied.
+    Generic,
+    /// No driver: memory or a file.
+    Software,
+}
+
+impl Mode {
+    /// Its name in statistics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Mode::ZeroCopy => "zero-copy",
+            Mode::NativeCopy => "native-copy",
+            Mode::Generic => "generic",
+            Mode::Software => "software",
+        }
+    }
+}
+
+impl std::fmt::Display for Mode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What happened to a queue of a port beside the packets that the worker saw.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Statistics {
+    /// Frames that the kernel has for packets to come.
+    pub in_kernel: u64,
+    /// Frames that were sent and are not free yet.
+    pub in_flight: u64,
+    /// `XDP_STATISTICS`.
+    pub kernel: af_xdp::Statistics,
+    /// Descriptors that made no sense.
+    pub refused: af_xdp::Refused,
+    /// Packets that the device dropped on their way out.
+    pub lost_sends: u64,
+}
+
+impl Statistics {
+    /// Every counter with its name in statistics, in order. All but `in_kernel` and `in_flight` mean loss.
+    pub fn counters(&self) -> [(&'static str, u64); 12] {
+        [
+            ("in_kernel", self.in_kernel),
+            ("in_flight", self.in_flight),
+            ("rx_dropped", self.kernel.rx_dropped),
+            ("rx_invalid_descs", self.kernel.rx_invalid_descs),
+            ("tx_invalid_descs", self.kernel.tx_invalid_descs),
+            ("rx_ring_full", self.kernel.rx_ring_full),
+            ("rx_fill_ring_empty_descs", self.kernel.rx_fill_ring_empty_descs),
+            ("tx_ring_empty_descs", self.kernel.tx_ring_empty_descs),
+            ("rx_refused", self.refused.rx),
+            ("completions_refused", self.refused.completions),
+            ("tx_empty", self.refused.tx_empty),
+            ("lost_sends", self.lost_sends),
+        ]
+    }
+}
