@@ -3,17 +3,23 @@
 //! Both build the packet in a frame of their own and run it through [`crate::pipeline`], the code of the workers, with somebody
 //! listening. Nothing is changed by it: no flow is created, no counter of a worker moves.
 
+use std::sync::Arc;
+
 use af_xdp::{FramePool, Umem};
 use config::control::{Trace as Report, TraceStep};
+use config::gateway::FlowsSection;
 use config::packet::{From, PacketSpec, Protocol};
 use etherparse::{IpNumber, PacketBuilder, TcpHeader};
+use ipnet::IpNet;
 
 use crate::addr::{Addr, Tuple, protocol};
 use crate::packet::Packet;
 use crate::pipeline::{self, AnswerBudget, Context, Rng};
+use crate::stage::flow::timeouts_s;
 use crate::stats::Counters;
-use crate::table::flow_map::{FlowMap, FlowWorker};
-use crate::tables::{Fib, Identity, Tables};
+use crate::table::flow_map::{FlowMap, FlowMapConfig, FlowWorker};
+use crate::table::lpm::Lpm;
+use crate::tables::{Fib, Identity, NextHop, PortLink, PortSettings, Route, Tables};
 use crate::trace::Step;
 use crate::verdict::Verdict;
 
@@ -85,6 +91,85 @@ impl Explainer {
         let report = report(&packet, &steps, view.port_names);
         self.pool.push(packet.frame);
         Ok(report)
+    }
+}
+
+/// A gateway that is not there: tables compiled from objects, no connections, and routes that follow from the objects. For
+/// `towpathctl explain` and `towpathd replay`.
+pub struct Scene {
+    /// Services.
+    pub tables: Tables,
+    /// Routes as [`assumed_fib`] makes them.
+    pub fib: Fib,
+    flows: FlowMap,
+    flow_worker: FlowWorker,
+    affinity: FlowMap,
+    affinity_worker: FlowWorker,
+    port_names: Vec<String>,
+    explainer: Explainer,
+}
+
+impl Scene {
+    /// `port_names`: by index, as in the settings of `tables`; `inside`: prefixes of pods and addresses of nodes.
+    pub fn new(tables: Tables, port_names: Vec<String>, inside: &[IpNet]) -> Scene {
+        let config = FlowMapConfig {
+            capacity: 1024,
+            timeouts_s: timeouts_s(&FlowsSection::default()),
+            ..Default::default()
+        };
+        let (flows, affinity) = (FlowMap::anonymous(config), FlowMap::anonymous(config));
+        let (flow_worker, affinity_worker) = (flows.worker(0), affinity.worker(0));
+        let fib = assumed_fib(&tables, inside);
+        let explainer = Explainer::new();
+        Scene { tables, fib, flows, flow_worker, affinity, affinity_worker, port_names, explainer }
+    }
+
+    /// Runs `spec` through the pipeline, on a gateway that knows no connection.
+    ///
+    /// # Errors
+    /// As [`Explainer::explain`].
+    pub fn explain(&mut self, spec: &PacketSpec) -> Result<Report, String> {
+        let view = View {
+            tables: &self.tables,
+            fib: &self.fib,
+            flows: &self.flows,
+            flow_worker: &mut self.flow_worker,
+            affinity: &self.affinity,
+            affinity_worker: &mut self.affinity_worker,
+            now_s: 0,
+            port_names: &self.port_names,
+        };
+        self.explainer.explain(spec, view)
+    }
+}
+
+/// Routes for a gateway that is not there: pods and nodes are behind the first inside port, everything else behind the first outside
+/// port, every next hop is known, and the ports have addresses of the documentation ranges (RFC 5737, RFC 3849).
+pub fn assumed_fib(tables: &Tables, inside: &[IpNet]) -> Fib {
+    let ports = &tables.settings.ports;
+    let first = |wanted: fn(&PortSettings) -> bool| ports.iter().position(wanted).unwrap_or(0) as u8;
+    let (outside_port, inside_port) = (first(|port| port.outside), first(|port| port.inside));
+    let hop = |port: u8| NextHop {
+        port,
+        gateway: Addr::v4(0xc000_0200 | u32::from(port)),
+        mac: Some([2, 0, 0, 0, 1, port]),
+        mtu: 1500,
+    };
+    let link = |port: usize| PortLink {
+        mac: [2, 0, 0, 0, 0, port as u8],
+        mtu: 1500,
+        up: true,
+        v4: Some(Addr::v4(0xc000_0280 | port as u32)),
+        v6: Some(Addr::v6(0x2001_0db8_ffff_0000_0000_0000_0000_0000 | port as u128)),
+    };
+    let default = |net: &str| (net.parse::<IpNet>().expect("a prefix"), Route::NextHop(0));
+    let routes = [default("0.0.0.0/0"), default("::/0")].into_iter();
+    let routes = routes.chain(inside.iter().map(|net| (*net, Route::NextHop(1))));
+    Fib {
+        epoch: 1,
+        routes: Arc::new(Lpm::build(routes)),
+        next_hops: vec![hop(outside_port), hop(inside_port)],
+        ports: (0..ports.len().max(1)).map(link).collect(),
     }
 }
 
@@ -192,4 +277,62 @@ fn destination(tuple: &Tuple) -> String {
     };
     let addr: std::net::IpAddr = Addr::into(tuple.dst);
     format!("{}/{protocol}", std::net::SocketAddr::new(addr, tuple.dst_port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tables::Settings;
+
+    fn scene() -> Scene {
+        let settings = Settings {
+            ports: vec![
+                PortSettings { outside: true, ..PortSettings::default() },
+                PortSettings { inside: true, ..PortSettings::default() },
+            ],
+            ..Settings::default()
+        };
+        let pods: IpNet = "10.244.0.0/16".parse().unwrap();
+        let tables = Tables {
+            identities: Arc::new(Lpm::build([(pods, Identity::Pod)])),
+            settings: Arc::new(settings),
+            ..Tables::default()
+        };
+        Scene::new(tables, vec!["uplink".into(), "fabric".into()], &[pods])
+    }
+
+    fn spec(src: &str, dst: &str, from: From) -> PacketSpec {
+        PacketSpec {
+            protocol: Protocol::Udp,
+            src: src.parse().unwrap(),
+            src_port: 1,
+            dst: dst.parse().unwrap(),
+            dst_port: 2,
+            tcp_flags: 0,
+            from,
+        }
+    }
+
+    #[test]
+    fn a_packet_to_a_pod_is_routed_as_it_is() {
+        let report = scene().explain(&spec("198.51.100.7", "10.244.1.2", From::Guess)).unwrap();
+        assert_eq!((report.verdict.as_str(), report.port.as_deref()), ("forward", Some("fabric")));
+        assert_eq!(report.output.as_deref(), Some("udp 198.51.100.7:1 > 10.244.1.2:2"));
+    }
+
+    #[test]
+    fn a_pod_on_its_way_out_comes_from_the_inside() {
+        let report = scene().explain(&spec("10.244.1.2", "192.0.2.99", From::Guess)).unwrap();
+        assert_eq!((report.verdict.as_str(), report.port.as_deref()), ("forward", Some("uplink")));
+        let spoofed = scene().explain(&spec("10.244.1.2", "192.0.2.99", From::Outside)).unwrap();
+        assert_eq!(spoofed.reason.as_deref(), Some("spoofed_source"));
+    }
+
+    #[test]
+    fn what_cannot_be_built_is_said_in_words() {
+        let unknown = scene().explain(&spec("10.244.1.2", "192.0.2.99", From::Port("eth9".into())));
+        assert_eq!(unknown.unwrap_err(), "no port is called \"eth9\"; the ports are uplink, fabric");
+        let mixed = scene().explain(&spec("10.244.1.2", "2001:db8::1", From::Guess));
+        assert!(mixed.unwrap_err().contains("one address family"));
+    }
 }
