@@ -37,8 +37,8 @@ pub struct Channels {
 }
 
 impl Channels {
-    /// Reads them (`ETHTOOL_GCHANNELS`). An interface that knows no channels has one queue. `socket`: any socket in the
-    /// interface's network namespace.
+    /// Reads them (`ETHTOOL_GCHANNELS`). An interface that knows no channels has one queue. `socket`: any in the
+    /// interface's network namespace but one of AF_XDP, which takes no ioctl.
     ///
     /// # Errors
     /// There is no such interface, or its name is longer than the kernel takes.

@@ -21,6 +21,7 @@ mod interface;
 mod option;
 mod queue;
 mod recover;
+pub mod redirect;
 mod ring;
 #[cfg(not(loom))]
 mod socket;

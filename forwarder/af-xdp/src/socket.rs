@@ -358,7 +358,10 @@ pub fn recover_frames(umem: Umem, sockets: &mut [Socket]) -> Option<(FramePool, 
         );
     }
     let mut queues: Vec<&mut Queue> = sockets.iter_mut().map(|socket| &mut socket.queue).collect();
-    Some(recover(umem, &mut queues))
+    let recovered = recover(umem, &mut queues);
+    // What the last process has put on a TX ring, but not sent.
+    sockets.iter_mut().for_each(|socket| _ = socket.kick());
+    Some(recovered)
 }
 
 /// A combination of bind flags to be tried.
@@ -417,9 +420,7 @@ impl Place<'_> {
                 _ => self.failed("socket", e),
             },
         )?;
-        let index = name_to_index(&fd, self.interface)
-            .map_err(|_| OpenError::NoSuchInterface { interface: self.interface.into() })?;
-        self.check_queue(&fd)?;
+        let index = self.check_queue()?;
         register(&fd, umem).map_err(|e| match e {
             Errno::NOBUFS => OpenError::LockedMemory {
                 needed_bytes: umem.len_bytes(),
@@ -453,12 +454,19 @@ impl Place<'_> {
         Ok(Socket { fd, queue, zero_copy, busy_poll: config.busy_poll.is_some(), lost_sends: 0 })
     }
 
-    /// The kernel says no more than EINVAL, so it is asked before.
-    fn check_queue(&self, fd: &OwnedFd) -> Result<(), OpenError> {
+    /// Index of the interface, if it has the queue. The kernel says no more than EINVAL when it has not, so that is asked
+    /// before; of another socket, since one of AF_XDP takes no ioctl.
+    fn check_queue(&self) -> Result<u32, OpenError> {
+        let any = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
+            .map_err(|e| self.failed("socket", e))?;
+        let index = name_to_index(&any, self.interface).map_err(|e| match e {
+            Errno::NODEV => OpenError::NoSuchInterface { interface: self.interface.into() },
+            _ => self.failed("SIOCGIFINDEX", e),
+        })?;
         let channels =
-            Channels::of(fd, self.interface).map_err(|source| self.system("ETHTOOL_GCHANNELS", source))?;
+            Channels::of(&any, self.interface).map_err(|source| self.system("ETHTOOL_GCHANNELS", source))?;
         if self.queue < channels.pairs() {
-            return Ok(());
+            return Ok(index);
         }
         Err(OpenError::NoSuchQueue {
             interface: self.interface.into(),
