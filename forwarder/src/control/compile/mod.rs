@@ -1,0 +1,294 @@
+//! State to tables: kube-proxy's rules, written anew, and the decisions that a gateway makes besides.
+//!
+//! [`Compiler::compile`] is a function of the state, the gateway file and what it compiled before; no clock, no I/O. Only
+//! Services that a change touches are compiled again, and tables share everything else with the generation before.
+//!
+//! Read in this order: [`endpoints`] merges slices, [`topology`] sorts endpoints into lists, [`frontends`] decides what
+//! happens to packets, [`service`] puts the three together for one Service; then [`identities`], [`steer`], [`cleanup`]
+//! for what goes along with the tables, and [`describe`], [`dns`] for what people and name servers want to know.
+
+pub mod endpoints;
+pub mod frontends;
+pub mod topology;
+
+pub mod cleanup;
+pub mod describe;
+pub mod dns;
+pub mod identities;
+pub mod service;
+pub mod steer;
+
+#[cfg(test)]
+pub(crate) mod fixture;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use config::control::{Kind, ObjectRef};
+use config::gateway::Gateway;
+
+use super::facts::{Facts, SliceFacts};
+use super::state::{Entry, State, Touch};
+use super::validate::Rules;
+use crate::addr::Addr;
+use crate::tables::{PortSettings, Settings, Tables, Vip};
+use cleanup::UdpCleanup;
+use service::Compiled;
+
+/// Makes tables. Control thread; keeps what it compiled, so that a change costs what it touches.
+pub struct Compiler {
+    gateway: Arc<Gateway>,
+    /// Addresses of the gateway's ports, those first that NodePorts fall back to.
+    own: Vec<Addr>,
+    /// Mixed into every Maglev table; the same on every gateway with one `lb_key`.
+    key: u64,
+    surroundings: Surroundings,
+    services: BTreeMap<Arc<ObjectRef>, Compiled>,
+    next_id: u32,
+    tables: Tables,
+}
+
+/// What every Service's tables depend on besides the Service and its slices.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Surroundings {
+    /// Zone of the gateway, may be empty.
+    zone: String,
+    /// Own addresses that serve NodePorts.
+    node_port_addresses: Vec<Addr>,
+    /// Every own address, that of our Node object included.
+    own: Vec<Addr>,
+    /// Nodes that load balancers do not send to.
+    excluded: BTreeSet<String>,
+}
+
+/// What a change makes of the tables.
+pub struct Compilation {
+    /// The new tables, not yet published.
+    pub tables: Arc<Tables>,
+    /// UDP flows to forget once the tables are in force.
+    pub udp_cleanup: UdpCleanup,
+    /// The set of [`Compiler::steer_set`] may differ from the one before.
+    pub steering_changed: bool,
+    /// The routes of [`identities::pod_routes`] may differ from those before.
+    pub routes_changed: bool,
+}
+
+impl Compiler {
+    /// A compiler that has compiled nothing yet.
+    pub fn new(gateway: Arc<Gateway>) -> Compiler {
+        let tables = Tables { settings: Arc::new(settings(&gateway)), ..Tables::default() };
+        let key = tables.settings.lb_key;
+        Compiler {
+            gateway,
+            own: Vec::new(),
+            key,
+            surroundings: Surroundings::default(),
+            services: BTreeMap::new(),
+            next_id: 1,
+            tables,
+        }
+    }
+
+    /// The gateway file.
+    pub fn gateway(&self) -> &Arc<Gateway> {
+        &self.gateway
+    }
+
+    /// What objects are judged by.
+    pub fn rules(&self) -> Rules<'_> {
+        Rules { gateway: &self.gateway, own: &self.own }
+    }
+
+    /// Sets the addresses of the gateway's ports. They take effect with the next [`Compiler::compile`].
+    pub fn set_own_addresses(&mut self, own: Vec<Addr>) {
+        self.own = own;
+    }
+
+    /// Sets what is known of the ports only at run time: whose checksums may be unfinished, by index.
+    pub fn set_partial_checksums(&mut self, partial: &[bool]) {
+        let mut settings = Settings::clone(&self.tables.settings);
+        for (port, partial) in settings.ports.iter_mut().zip(partial) {
+            port.partial_checksums = *partial;
+        }
+        self.tables.settings = Arc::new(settings);
+    }
+
+    /// The tables that were compiled last.
+    pub fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    /// Compiles what a change touched. `generation` is that of the new tables.
+    pub fn compile(&mut self, state: &State, touched: &[Touch], generation: u64) -> Compilation {
+        let surroundings = self.look_around(state);
+        let all = surroundings != self.surroundings;
+        let own_changed = surroundings.own != self.surroundings.own;
+        self.surroundings = surroundings;
+        let nodes_changed = identities::nodes_differ(touched);
+        let identities_changed = all
+            || nodes_changed
+            || self.tables.generation == 0
+            || identities::pods_matter(state, &self.gateway, touched);
+        if identities_changed {
+            self.tables.identities =
+                Arc::new(identities::identities(state, &self.gateway, &self.surroundings.own));
+        }
+        let affected = if all { self.every_service(state) } else { affected(touched) };
+        let (udp_cleanup, keys_changed) = self.recompile(state, &affected);
+        self.tables.generation = generation;
+        Compilation {
+            tables: Arc::new(self.tables.clone()),
+            udp_cleanup,
+            steering_changed: keys_changed
+                || identities_changed
+                || own_changed
+                || steer::sources_differ(state, &self.gateway, touched),
+            routes_changed: nodes_changed || self.tables.generation == 0,
+        }
+    }
+
+    /// Compiles everything, as after a restart.
+    pub fn compile_all(&mut self, state: &State, generation: u64) -> Compilation {
+        let touch = |entry: &Arc<Entry>| Touch {
+            reference: entry.reference.clone(),
+            old: None,
+            new: Some(entry.clone()),
+        };
+        let touched: Vec<Touch> = state.entries().map(touch).collect();
+        self.compile(state, &touched, generation)
+    }
+
+    /// Takes the old frontends of the affected Services out and puts the new ones in. Returns true in the second place if
+    /// the set of addresses and NodePorts changed.
+    fn recompile(&mut self, state: &State, affected: &BTreeSet<Arc<ObjectRef>>) -> (UdpCleanup, bool) {
+        let mut udp_cleanup = UdpCleanup::default();
+        let mut keys_changed = false;
+        let mut compiled = Vec::new();
+        for reference in affected {
+            let new = self.compile_service(state, reference);
+            if let Some(new) = &new {
+                udp_cleanup.add(new);
+            }
+            compiled.push((reference, new));
+        }
+        // All old ones go before any new one comes, since an address may move from one Service to another.
+        for (reference, new) in &compiled {
+            let Some(old) = self.services.remove(*reference) else { continue };
+            for (key, frontend) in &old.frontends {
+                let stays =
+                    new.as_ref().is_some_and(|new| new.frontends.iter().any(|(other, _)| other == key));
+                keys_changed |= !stays;
+                if !stays {
+                    self.tables.frontends.remove(key);
+                }
+                if service::is_vip(frontend) {
+                    self.leave_vip(key.addr);
+                }
+            }
+        }
+        for (reference, new) in compiled {
+            let Some(new) = new else { continue };
+            for (key, frontend) in &new.frontends {
+                keys_changed |= self.tables.frontends.insert(*key, frontend.clone()).is_none();
+                if service::is_vip(frontend) {
+                    self.join_vip(key.addr, frontend.kind == crate::tables::FrontendKind::ClusterIp);
+                }
+            }
+            self.services.insert(reference.clone(), new);
+        }
+        (udp_cleanup, keys_changed)
+    }
+
+    fn join_vip(&mut self, addr: Addr, cluster_ip: bool) {
+        let mut vip = self.tables.vips.get(&addr).copied().unwrap_or_default();
+        vip = Vip { frontends: vip.frontends + 1, cluster_ip };
+        self.tables.vips.insert(addr, vip);
+    }
+
+    fn leave_vip(&mut self, addr: Addr) {
+        if let Some(mut vip) = self.tables.vips.get(&addr).copied() {
+            vip.frontends -= 1;
+            if vip.frontends == 0 {
+                self.tables.vips.remove(&addr);
+            } else {
+                self.tables.vips.insert(addr, vip);
+            }
+        }
+    }
+
+    fn every_service(&self, state: &State) -> BTreeSet<Arc<ObjectRef>> {
+        let now = state.of_kind(Kind::Service).map(|entry| entry.reference.clone());
+        now.chain(self.services.keys().cloned()).collect()
+    }
+
+    fn look_around(&self, state: &State) -> Surroundings {
+        let section = &self.gateway.gateway;
+        let node = state.node(&section.name);
+        let mut own = self.own.clone();
+        own.extend(node.iter().flat_map(|node| node.addresses()).filter(|addr| !self.own.contains(addr)));
+        let internal = node.map(|node| node.internal_ips.clone()).unwrap_or_default();
+        let node_port_addresses = if !section.nodeport_addresses.is_empty() {
+            let selected = |addr: &Addr| {
+                let ip = IpAddr::from(*addr);
+                section.nodeport_addresses.iter().any(|net| net.contains(&ip))
+            };
+            own.iter().copied().filter(selected).collect()
+        } else if !internal.is_empty() {
+            internal
+        } else {
+            self.own.clone()
+        };
+        let zone = section.zone.clone().or_else(|| node.map(|node| node.zone.clone())).unwrap_or_default();
+        let excluded = state.nodes().filter(|(_, facts)| facts.excluded);
+        let excluded = excluded.map(|(entry, _)| entry.reference.name.clone()).collect();
+        Surroundings { zone, node_port_addresses, own, excluded }
+    }
+}
+
+/// Tables of a whole state at once, as `explain` and tests want them.
+pub fn compile(state: &State, gateway: &Arc<Gateway>, own: &[Addr]) -> Compiler {
+    let mut compiler = Compiler::new(gateway.clone());
+    compiler.set_own_addresses(own.to_vec());
+    compiler.compile_all(state, 1);
+    compiler
+}
+
+/// Services whose tables a change touches.
+fn affected(touched: &[Touch]) -> BTreeSet<Arc<ObjectRef>> {
+    let mut affected = BTreeSet::new();
+    for touch in touched {
+        if touch.reference.kind == Kind::Service {
+            affected.insert(touch.reference.clone());
+        }
+        for entry in touch.old.iter().chain(&touch.new) {
+            if let Facts::Slice(SliceFacts { service: Some(name), .. }) = &entry.facts {
+                let namespace = touch.reference.namespace.clone();
+                affected.insert(Arc::new(ObjectRef { kind: Kind::Service, namespace, name: name.clone() }));
+            }
+        }
+    }
+    affected
+}
+
+/// What packets need to know of the gateway file.
+pub fn settings(gateway: &Gateway) -> Settings {
+    let ports = gateway.ports.iter().map(|port| PortSettings {
+        outside: port.role.is_outside(),
+        inside: port.role.is_inside(),
+        expose_cluster_ips: port.expose_cluster_ips,
+        partial_checksums: false,
+    });
+    let mut snat_addresses: Vec<Addr> = gateway.snat.addresses.iter().map(|ip| Addr::from(*ip)).collect();
+    snat_addresses.sort_by_key(|addr| !addr.is_v4());
+    Settings {
+        ports: ports.collect(),
+        snat_addresses,
+        snat_port_first: gateway.snat.ports.first,
+        snat_port_last: gateway.snat.ports.last,
+        lb_key: service::stable_hash(&[gateway.gateway.lb_key.as_bytes()]),
+    }
+}
+
+#[cfg(test)]
+mod tests;

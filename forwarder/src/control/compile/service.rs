@@ -1,0 +1,320 @@
+//! One Service to its frontends.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use config::control::ObjectRef;
+use ipnet::IpNet;
+
+use super::Compiler;
+use super::endpoints::{EndpointInfo, PortKey, merge};
+use super::frontends::{Outcome, Policy, Ruling, rule};
+use super::topology::{Categories, Place, categorize};
+use crate::addr::{Addr, protocol};
+use crate::control::facts::{AddressKind, PortFacts, ServiceAddress, ServiceFacts};
+use crate::control::state::State;
+use crate::control::validate::forbidden;
+use crate::table::maglev::Maglev;
+use crate::tables::{Action, Backends, Endpoint, Frontend, FrontendKey, FrontendKind, Origin, ServicePort};
+
+/// What became of one Service.
+#[derive(Clone, Debug, Default)]
+pub struct Compiled {
+    /// Its frontends.
+    pub frontends: Vec<(FrontendKey, Arc<Frontend>)>,
+    /// Lists of endpoints in use, to be used again when they have not changed.
+    backends: Vec<(u64, Arc<Backends>)>,
+    /// For each UDP frontend the (address, port) of every endpoint that serves, ready or not.
+    pub udp_serving: Vec<(FrontendKey, Arc<BTreeSet<(Addr, u16)>>)>,
+    /// Ids of its ports, by stable id.
+    ids: Vec<(u64, u32)>,
+}
+
+/// One port of a Service for one family, with its endpoints sorted into lists.
+#[derive(Debug)]
+pub(super) struct FamilyPort<'a> {
+    pub(super) port: &'a PortFacts,
+    pub(super) is_v4: bool,
+    pub(super) endpoints: Vec<EndpointInfo>,
+    pub(super) lists: Categories,
+}
+
+/// One frontend before it has rulings.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Claimed<'a> {
+    pub(super) key: FrontendKey,
+    pub(super) kind: FrontendKind,
+    pub(super) port: &'a PortFacts,
+}
+
+/// True if the address of a frontend belongs to the Service alone; that of a NodePort is the gateway's.
+pub(super) fn is_vip(frontend: &Frontend) -> bool {
+    frontend.kind != FrontendKind::NodePort
+}
+
+impl Compiler {
+    /// Compiles one Service; `None` if it does not exist or is not served.
+    pub(super) fn compile_service(&mut self, state: &State, reference: &ObjectRef) -> Option<Compiled> {
+        let (entry, facts) = state.service(&reference.namespace, &reference.name)?;
+        if facts.skip.is_some() {
+            return None;
+        }
+        let old = self.services.get(reference).cloned().unwrap_or_default();
+        let mut compiled = Compiled::default();
+        let policy = Policy::of(&self.gateway);
+        let mut ports = Vec::new();
+        for port in &facts.ports {
+            let stable_id = stable_id(reference, port);
+            let known = old.ids.iter().find(|(known, _)| *known == stable_id).map(|(_, id)| *id);
+            let id = known.unwrap_or_else(|| {
+                self.next_id += 1;
+                self.next_id - 1
+            });
+            compiled.ids.push((stable_id, id));
+            ports.push(Arc::new(ServicePort {
+                id,
+                stable_id,
+                namespace: reference.namespace.clone(),
+                name: reference.name.clone(),
+                port_name: port.name.clone(),
+                resource_version: entry.resource_version().to_owned(),
+                affinity_timeout_s: facts.affinity_timeout_s,
+            }));
+        }
+        let families = self.family_ports(state, reference, facts);
+        let mut builder = Builder { key: self.key, old: &old.backends, backends: &mut compiled.backends };
+        for claimed in self.claimed(state, facts) {
+            let is_v4 = claimed.key.addr.is_v4();
+            let Some(family) =
+                families.iter().find(|family| family.is_v4 == is_v4 && family.port == claimed.port)
+            else {
+                continue;
+            };
+            let index = facts.ports.iter().position(|port| port == claimed.port).unwrap_or_default();
+            let service = &ports[index];
+            let mut action = |origin| {
+                let Ruling { outcome, .. } = rule(claimed.kind, origin, facts, &family.lists, policy);
+                builder.action(service.stable_id, outcome, &family.endpoints)
+            };
+            let frontend = Frontend {
+                service: service.clone(),
+                kind: claimed.kind,
+                from_outside: action(Origin::Outside),
+                from_pod: action(Origin::Pod),
+                from_node: action(Origin::Node),
+                source_ranges: self.source_ranges(facts, claimed.kind, claimed.key.addr),
+            };
+            compiled.frontends.push((claimed.key, Arc::new(frontend)));
+            if claimed.key.protocol == protocol::UDP {
+                let serving = family.endpoints.iter().filter(|info| info.serving);
+                let serving = serving.map(|info| (info.endpoint.addr, info.endpoint.port)).collect();
+                compiled.udp_serving.push((claimed.key, Arc::new(serving)));
+            }
+        }
+        Some(compiled)
+    }
+
+    /// Sorts the endpoints of each port, for each family that the Service has a ClusterIP of: a Service does not exist
+    /// in other families (kubernetes pkg/proxy/servicechangetracker.go).
+    pub(super) fn family_ports<'a>(
+        &self,
+        state: &State,
+        reference: &ObjectRef,
+        facts: &'a ServiceFacts,
+    ) -> Vec<FamilyPort<'a>> {
+        let node = self.gateway.gateway.name.as_str();
+        let place = Place { node, zone: &self.surroundings.zone };
+        let mut families = Vec::new();
+        for is_v4 in [true, false] {
+            if !has_family(facts, is_v4) {
+                continue;
+            }
+            for port in &facts.ports {
+                let slices = state.slices_of(&reference.namespace, &reference.name).map(|(_, slice)| slice);
+                let key = PortKey { name: &port.name, protocol: port.protocol };
+                let endpoints = merge(slices, key, is_v4, node);
+                let lists = categorize(&endpoints, place, |node| self.surroundings.excluded.contains(node));
+                families.push(FamilyPort { port, is_v4, endpoints, lists });
+            }
+        }
+        families
+    }
+
+    /// Every (address, protocol, port) that the Service is served on here, each once.
+    pub(super) fn claimed<'a>(&self, state: &State, facts: &'a ServiceFacts) -> Vec<Claimed<'a>> {
+        let mut addresses: Vec<(Addr, FrontendKind)> = Vec::new();
+        let mut served: Vec<&ServiceAddress> = facts
+            .addresses
+            .iter()
+            .filter(|address| self.why_not_served(state, facts, address).is_none())
+            .collect();
+        // An address that is a load balancer's and an externalIP at once keeps the source ranges of the former.
+        served.sort_by_key(|address| address.kind);
+        for address in served {
+            if !addresses.iter().any(|(addr, _)| *addr == address.addr) {
+                addresses.push((address.addr, frontend_kind(address.kind)));
+            }
+        }
+        let key = |addr, port, protocol| FrontendKey { addr, port, protocol };
+        let mut claimed = Vec::new();
+        for port in &facts.ports {
+            for (addr, kind) in &addresses {
+                claimed.push(Claimed { key: key(*addr, port.port, port.protocol), kind: *kind, port });
+            }
+            for addr in
+                self.surroundings.node_port_addresses.iter().filter(|addr| has_family(facts, addr.is_v4()))
+            {
+                let Some(node_port) = port.node_port else { continue };
+                let key = key(*addr, node_port, port.protocol);
+                claimed.push(Claimed { key, kind: FrontendKind::NodePort, port });
+            }
+        }
+        claimed
+    }
+
+    /// Why an address of a Service is not served here, in a sentence; `None` if it is.
+    pub(super) fn why_not_served(
+        &self,
+        state: &State,
+        facts: &ServiceFacts,
+        address: &ServiceAddress,
+    ) -> Option<String> {
+        if !has_family(facts, address.addr.is_v4()) {
+            let family = if address.addr.is_v4() { "IPv4" } else { "IPv6" };
+            return Some(format!("the Service has no ClusterIP of family {family}"));
+        }
+        forbidden(state, &self.rules(), address).map(|fault| fault.message)
+    }
+
+    /// `spec.loadBalancerSourceRanges` of the family of `addr`: for load balancer addresses only. If one of the
+    /// gateway's own addresses is inside, so is the load balancer address itself (kubernetes nftables proxier: packets
+    /// of a node to the address may have it as their source).
+    pub(super) fn source_ranges(&self, facts: &ServiceFacts, kind: FrontendKind, addr: Addr) -> Arc<[IpNet]> {
+        if kind != FrontendKind::LoadBalancer {
+            return Arc::new([]);
+        }
+        let of_family = |net: &&IpNet| net.addr().is_ipv4() == addr.is_v4();
+        let mut ranges: Vec<IpNet> = facts.source_ranges.iter().filter(of_family).copied().collect();
+        let holds_own =
+            |net: &IpNet| self.surroundings.own.iter().any(|own| net.contains(&IpAddr::from(*own)));
+        if ranges.iter().any(holds_own) {
+            ranges.push(IpNet::from(IpAddr::from(addr)));
+        }
+        ranges.into()
+    }
+}
+
+fn has_family(facts: &ServiceFacts, is_v4: bool) -> bool {
+    facts
+        .addresses
+        .iter()
+        .any(|address| address.kind == AddressKind::Cluster && address.addr.is_v4() == is_v4)
+}
+
+pub(super) fn frontend_kind(kind: AddressKind) -> FrontendKind {
+    match kind {
+        AddressKind::Cluster => FrontendKind::ClusterIp,
+        AddressKind::LoadBalancer => FrontendKind::LoadBalancer,
+        AddressKind::External => FrontendKind::ExternalIp,
+    }
+}
+
+/// Turns rulings into actions; equal lists of a port become one Maglev table.
+struct Builder<'b> {
+    key: u64,
+    old: &'b [(u64, Arc<Backends>)],
+    backends: &'b mut Vec<(u64, Arc<Backends>)>,
+}
+
+impl Builder<'_> {
+    fn action(&mut self, stable_id: u64, outcome: Outcome<'_>, endpoints: &[EndpointInfo]) -> Action {
+        match outcome {
+            Outcome::Reject(reason) => Action::Reject(reason),
+            Outcome::Drop(reason) => Action::Drop(reason),
+            Outcome::Dnat { chosen, masquerade } => {
+                // Slots of the Maglev table have 16 bits.
+                let indexes = chosen.indexes.iter().take(usize::from(u16::MAX));
+                let endpoints: Vec<Endpoint> =
+                    indexes.map(|index| endpoints[*index].endpoint.clone()).collect();
+                Action::Dnat { backends: self.backends(stable_id, endpoints), masquerade, list: chosen.list }
+            }
+        }
+    }
+
+    fn backends(&mut self, stable_id: u64, endpoints: Vec<Endpoint>) -> Arc<Backends> {
+        let known =
+            |(id, backends): &&(u64, Arc<Backends>)| *id == stable_id && backends.endpoints == endpoints;
+        if let Some((_, backends)) = self.backends.iter().find(known) {
+            return backends.clone();
+        }
+        let backends = match self.old.iter().find(known) {
+            Some((_, backends)) => backends.clone(),
+            None => {
+                let hashes: Vec<(u64, u32)> =
+                    endpoints.iter().map(|endpoint| (endpoint_hash(endpoint), 1)).collect();
+                let maglev = Maglev::build(self.key ^ stable_id, &hashes);
+                Arc::new(Backends { endpoints, maglev })
+            }
+        };
+        self.backends.push((stable_id, backends.clone()));
+        backends
+    }
+}
+
+/// The same for an endpoint on every gateway and over restarts.
+fn endpoint_hash(endpoint: &Endpoint) -> u64 {
+    stable_hash(&[&endpoint.addr.0.to_be_bytes(), &endpoint.port.to_be_bytes()])
+}
+
+/// The same for a port of a Service on every gateway and over restarts: what flows remember.
+pub fn stable_id(service: &ObjectRef, port: &PortFacts) -> u64 {
+    stable_hash(&[
+        service.namespace.as_bytes(),
+        service.name.as_bytes(),
+        port.name.as_bytes(),
+        &[port.protocol],
+    ])
+}
+
+/// FNV-1a of the parts, each with its length, finished as MurmurHash3 is so that every bit depends on every byte.
+/// Part of what gateways agree on: it may not change.
+pub(super) fn stable_hash(parts: &[&[u8]]) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut eat = |byte: u8| hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    for part in parts {
+        (part.len() as u32).to_be_bytes().into_iter().for_each(&mut eat);
+        part.iter().copied().for_each(&mut eat);
+    }
+    hash = (hash ^ (hash >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    hash = (hash ^ (hash >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    hash ^ (hash >> 33)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use config::control::Kind;
+
+    #[test]
+    fn stable_ids_differ_and_never_change() {
+        let reference = |namespace: &str, name: &str| ObjectRef {
+            kind: Kind::Service,
+            namespace: namespace.into(),
+            name: name.into(),
+        };
+        let port =
+            |name: &str, protocol| PortFacts { name: name.into(), protocol, port: 80, node_port: None };
+        let ids = [
+            stable_id(&reference("default", "web"), &port("http", 6)),
+            stable_id(&reference("default", "web"), &port("http", 17)),
+            stable_id(&reference("default", "web"), &port("https", 6)),
+            stable_id(&reference("defaultw", "eb"), &port("http", 6)),
+        ];
+        let different: BTreeSet<_> = ids.iter().collect();
+        assert_eq!(different.len(), 4);
+        // Other gateways and flows of the past remember this number.
+        assert_eq!(ids[0], stable_hash(&[b"default", b"web", b"http", &[6]]));
+        assert_eq!(stable_hash(&[]), 0xefd0_1f60_ba99_2926);
+    }
+}

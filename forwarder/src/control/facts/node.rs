@@ -1,0 +1,70 @@
+//! What a Node says.
+
+use config::fault::{Code, Fault};
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1::Node;
+
+use super::read_addr;
+use crate::addr::Addr;
+use crate::control::address::parse_cidr;
+
+/// What Towpath reads from a Node.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct NodeFacts {
+    /// `spec.podCIDRs`, each with the path of its field.
+    pub pod_cidrs: Vec<(IpNet, String)>,
+    /// `status.addresses` of type InternalIP.
+    pub internal_ips: Vec<Addr>,
+    /// `status.addresses` of type ExternalIP.
+    pub external_ips: Vec<Addr>,
+    /// Label `topology.kubernetes.io/zone`, may be empty.
+    pub zone: String,
+    /// Label `node.kubernetes.io/exclude-from-external-load-balancers`: load balancers do not send to it.
+    pub excluded: bool,
+}
+
+impl NodeFacts {
+    pub(super) fn read(node: &Node, faults: &mut Vec<Fault>) -> NodeFacts {
+        let labels = node.metadata.labels.as_ref();
+        let label = |name: &str| labels.and_then(|labels| labels.get(name));
+        let mut facts = NodeFacts {
+            zone: label("topology.kubernetes.io/zone").cloned().unwrap_or_default(),
+            // Its presence counts, not its value (k8s.io/cloud-provider controllers/service).
+            excluded: label("node.kubernetes.io/exclude-from-external-load-balancers").is_some(),
+            ..NodeFacts::default()
+        };
+        if let Some(spec) = &node.spec {
+            let listed = spec.pod_cidrs.iter().flatten().enumerate();
+            let mut cidrs: Vec<_> =
+                listed.map(|(index, text)| (format!("spec.podCIDRs[{index}]"), text)).collect();
+            if let (true, Some(text)) = (cidrs.is_empty(), &spec.pod_cidr) {
+                cidrs.push(("spec.podCIDR".into(), text));
+            }
+            for (field, text) in cidrs.into_iter().filter(|(_, text)| !text.is_empty()) {
+                match parse_cidr(text) {
+                    Some(net) if net.prefix_len() > 0 => facts.pod_cidrs.push((net, field)),
+                    _ => {
+                        let fault = Fault::new(Code::Invalid, "not a prefix").field(field).value(text);
+                        faults.push(fault.remedy("write it as 10.244.1.0/24 or fd00:244:1::/64"));
+                    }
+                }
+            }
+        }
+        let addresses = node.status.as_ref().and_then(|status| status.addresses.as_ref());
+        for (index, address) in addresses.into_iter().flatten().enumerate() {
+            let list = match address.type_.as_str() {
+                "InternalIP" => &mut facts.internal_ips,
+                "ExternalIP" => &mut facts.external_ips,
+                _ => continue,
+            };
+            let addr = read_addr(&format!("status.addresses[{index}].address"), &address.address, faults);
+            list.extend(addr.filter(|addr| !list.contains(addr)));
+        }
+        facts
+    }
+
+    /// Every address of the node.
+    pub fn addresses(&self) -> impl Iterator<Item = Addr> + '_ {
+        self.internal_ips.iter().chain(&self.external_ips).copied()
+    }
+}

@@ -1,0 +1,273 @@
+//! What an object may not do to others: claim what somebody else has, or capture what is not a Service's.
+//!
+//! What is wrong with an object by itself is found when its [facts](super::facts) are read. Here every object of a change
+//! is judged against all accepted ones, after the whole change is applied; each conflict names both objects.
+
+use std::net::IpAddr;
+
+use config::control::ObjectRef;
+use config::fault::{Code, Fault};
+use config::gateway::Gateway;
+use ipnet::IpNet;
+
+use super::address::host_net;
+use super::facts::{
+    AddressKind, Facts, NodeFacts, PodFacts, ServiceAddress, ServiceFacts, SliceFacts, protocol_name,
+};
+use super::state::{Claim, Entry, State};
+use crate::addr::Addr;
+
+/// What the gateway allows.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules<'a> {
+    /// The gateway file.
+    pub gateway: &'a Gateway,
+    /// Addresses of the gateway's ports.
+    pub own: &'a [Addr],
+}
+
+impl Rules<'_> {
+    /// True if `addr` is an address of the gateway itself.
+    pub fn is_own(&self, addr: Addr) -> bool {
+        self.own.contains(&addr) || self.gateway.snat.addresses.iter().any(|own| Addr::from(*own) == addr)
+    }
+}
+
+/// Judges one object of a change. Returns faults and warnings, without the object's name.
+pub fn judge(state: &State, rules: &Rules<'_>, entry: &Entry) -> (Vec<Fault>, Vec<Fault>) {
+    let mut judge = Judge { state, rules, me: &entry.reference, faults: Vec::new(), warnings: Vec::new() };
+    match &entry.facts {
+        Facts::Namespace => {}
+        Facts::Node(node) => judge.node(node),
+        Facts::Pod(pod) => judge.pod(pod),
+        Facts::Service(service) => judge.service(service),
+        Facts::Slice(slice) => judge.slice(slice),
+    }
+    (judge.faults, judge.warnings)
+}
+
+/// Why an address of a Service may not be served on this gateway; `None` if it may. (CVE-2020-8554: whoever may write a
+/// Service must not capture what belongs to others.)
+pub fn forbidden(state: &State, rules: &Rules<'_>, address: &ServiceAddress) -> Option<Fault> {
+    let fault = |code, message: String, remedy: &str| {
+        Some(Fault::new(code, message).field(&address.field).value(address.addr).remedy(remedy))
+    };
+    let section = &rules.gateway.gateway;
+    let ip = IpAddr::from(address.addr);
+    let within = |nets: &[IpNet]| nets.iter().find(|net| net.contains(&ip)).copied();
+    if rules.is_own(address.addr) {
+        return fault(
+            Code::Conflict,
+            "is an address of this gateway".into(),
+            "give the Service an address of its own",
+        );
+    }
+    if let Some(node) = state.claims().of(Claim::NodeAddress(address.addr)).next() {
+        return fault(
+            Code::Conflict,
+            format!("is an address of {node}"),
+            "give the Service an address of its own",
+        );
+    }
+    if let Some(pod) = state.claims().of(Claim::PodAddress(address.addr)).next() {
+        return fault(
+            Code::Conflict,
+            format!("is the address of {pod}"),
+            "give the Service an address of its own",
+        );
+    }
+    if let Some((net, node)) = state.claims().pod_cidrs_overlapping(host_net(ip)).next() {
+        let message = format!("lies in the podCIDR {net} of {node}");
+        return fault(Code::Conflict, message, "give the Service an address that is not a pod's");
+    }
+    if let Some(net) = within(&section.cluster_cidrs) {
+        let message = format!("lies in cluster_cidrs ({net}) of the gateway file");
+        return fault(Code::Conflict, message, "give the Service an address that is not a pod's");
+    }
+    let in_service_range = within(&section.service_cidrs);
+    match address.kind {
+        AddressKind::Cluster => None,
+        _ if in_service_range.is_some() => {
+            let message = "lies in service_cidrs of the gateway file, where only ClusterIPs are";
+            fault(Code::Conflict, message.into(), "give the load balancer a range of its own")
+        }
+        AddressKind::LoadBalancer
+            if !section.load_balancer_cidrs.is_empty() && within(&section.load_balancer_cidrs).is_none() =>
+        {
+            let remedy = "use an address inside, or add its range to [gateway] load_balancer_cidrs";
+            fault(Code::Invalid, "lies outside load_balancer_cidrs of the gateway file".into(), remedy)
+        }
+        AddressKind::External if within(&section.external_ip_cidrs).is_none() => {
+            let remedy =
+                "add its range to [gateway] external_ip_cidrs if its users are trusted (CVE-2020-8554)";
+            fault(Code::Ignored, "not in external_ip_cidrs of the gateway file: not served".into(), remedy)
+        }
+        _ => None,
+    }
+}
+
+struct Judge<'a> {
+    state: &'a State,
+    rules: &'a Rules<'a>,
+    me: &'a ObjectRef,
+    faults: Vec<Fault>,
+    warnings: Vec<Fault>,
+}
+
+impl Judge<'_> {
+    fn conflict(&mut self, field: &str, value: impl std::fmt::Display, message: String, remedy: &str) {
+        self.faults.push(Fault::new(Code::Conflict, message).field(field).value(value).remedy(remedy));
+    }
+
+    fn service(&mut self, service: &ServiceFacts) {
+        if service.skip.is_some() {
+            return;
+        }
+        for address in &service.addresses {
+            match forbidden(self.state, self.rules, address) {
+                Some(fault) if fault.code == Code::Ignored => self.warnings.push(fault),
+                Some(fault) => self.faults.push(fault),
+                None => {}
+            }
+            let section = &self.rules.gateway.gateway;
+            let ip = IpAddr::from(address.addr);
+            let of_family = |net: &&IpNet| net.addr().is_ipv4() == ip.is_ipv4();
+            let mut ranges = section.service_cidrs.iter().filter(of_family).peekable();
+            if address.kind == AddressKind::Cluster
+                && ranges.peek().is_some()
+                && !ranges.any(|net| net.contains(&ip))
+            {
+                let message = "lies outside service_cidrs of the gateway file; served, but its neighbors are not protected";
+                let fault = Fault::new(Code::Invalid, message).field(&address.field).value(address.addr);
+                self.warnings
+                    .push(fault.remedy("add the cluster's Service range to [gateway] service_cidrs"));
+            }
+            if let Some(slice) = self.state.claims().of(Claim::EndpointAddress(address.addr)).next() {
+                let message = format!("is the address of an endpoint in {slice}");
+                self.conflict(&address.field, address.addr, message, "a Service cannot be its own endpoint");
+            }
+            for port in &service.ports {
+                let claim = Claim::Frontend(address.addr, port.port, port.protocol);
+                if let Some(other) = self.state.claims().other(claim, self.me) {
+                    let value =
+                        format!("{} port {}/{}", address.addr, port.port, protocol_name(port.protocol));
+                    let message = format!("is taken by {other}");
+                    self.conflict(
+                        &address.field,
+                        value,
+                        message,
+                        "give one of the two another address or port",
+                    );
+                }
+            }
+        }
+        for (index, port) in service.ports.iter().enumerate() {
+            let Some(node_port) = port.node_port else { continue };
+            let field = format!("spec.ports[{index}].nodePort");
+            if let Some(other) = self.state.claims().other(Claim::NodePort(node_port, port.protocol), self.me)
+            {
+                let value = format!("{node_port}/{}", protocol_name(port.protocol));
+                self.conflict(
+                    &field,
+                    value,
+                    format!("is taken by {other}"),
+                    "give one of the two another nodePort",
+                );
+            }
+            let range = self.rules.gateway.snat.ports;
+            if range.contains(node_port) {
+                let message = format!("lies in the gateway's masquerade ports {range}");
+                self.conflict(&field, node_port, message, "choose another nodePort, or move [snat] ports");
+            }
+        }
+    }
+
+    fn slice(&mut self, slice: &SliceFacts) {
+        if let Some(service) = &slice.service
+            && self.state.service(&self.me.namespace, service).is_none()
+        {
+            let message = "no such Service yet: the slice is kept and waits for it";
+            let field = "metadata.labels.kubernetes.io/service-name";
+            let fault = Fault::new(Code::Ignored, message).field(field).value(service);
+            self.warnings.push(fault.remedy("apply the Service too"));
+        }
+        for (index, endpoint) in slice.endpoints.iter().enumerate() {
+            let field = format!("endpoints[{index}].addresses[0]");
+            if let Some(service) = self.state.claims().of(Claim::Vip(endpoint.addr)).next() {
+                let message = format!("is an address of {service}: packets would come back forever");
+                self.conflict(&field, endpoint.addr, message, "give the address of a pod");
+            } else if self.rules.is_own(endpoint.addr) {
+                let message = "is an address of this gateway".into();
+                self.conflict(&field, endpoint.addr, message, "give the address of a pod");
+            }
+        }
+    }
+
+    fn node(&mut self, node: &NodeFacts) {
+        for (index, (net, field)) in node.pod_cidrs.iter().enumerate() {
+            let other =
+                self.state.claims().pod_cidrs_overlapping(*net).find(|(_, owner)| ***owner != *self.me);
+            if let Some((range, other)) = other {
+                let message = format!("overlaps the podCIDR {range} of {other}");
+                self.conflict(field, net, message, "give each Node podCIDRs of its own");
+            }
+            if let Some((range, _)) = node.pod_cidrs[..index].iter().find(|(range, _)| overlap(range, net)) {
+                self.conflict(field, net, format!("overlaps {range} of the same Node"), "remove one of them");
+            }
+            let section = &self.rules.gateway.gateway;
+            for (name, ranges) in [
+                ("service_cidrs", &section.service_cidrs),
+                ("load_balancer_cidrs", &section.load_balancer_cidrs),
+            ] {
+                if let Some(range) = ranges.iter().find(|range| overlap(range, net)) {
+                    let message = format!("overlaps {name} ({range}) of the gateway file");
+                    self.conflict(
+                        field,
+                        net,
+                        message,
+                        "ranges of pods, Services and load balancers must be disjoint",
+                    );
+                }
+            }
+        }
+        for addr in node.addresses() {
+            if let Some(other) = self.state.claims().other(Claim::NodeAddress(addr), self.me) {
+                let message = format!("is an address of {other} too");
+                self.conflict("status.addresses", addr, message, "give each Node addresses of its own");
+            }
+            self.not_a_service("status.addresses", addr, "give the Node or the Service another address");
+        }
+    }
+
+    fn pod(&mut self, pod: &PodFacts) {
+        if pod.host_network {
+            return;
+        }
+        for (addr, field) in &pod.addresses {
+            if let Some(other) = self.state.claims().other(Claim::PodAddress(*addr), self.me) {
+                let message = format!("is the address of {other} too");
+                self.conflict(
+                    field,
+                    addr,
+                    message,
+                    "delete the one that is gone; hostNetwork pods must say hostNetwork",
+                );
+            }
+            self.not_a_service(field, *addr, "give the Pod or the Service another address");
+        }
+    }
+
+    fn not_a_service(&mut self, field: &str, addr: Addr, remedy: &str) {
+        if let Some(service) = self.state.claims().of(Claim::Vip(addr)).next() {
+            self.conflict(field, addr, format!("is an address of {service}"), remedy);
+        }
+    }
+}
+
+/// True if the prefixes have an address in common.
+fn overlap(a: &IpNet, b: &IpNet) -> bool {
+    a.contains(b) || b.contains(a)
+}
+
+#[cfg(test)]
+mod tests;
