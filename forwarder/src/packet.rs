@@ -163,6 +163,17 @@ impl Packet {
         }
     }
 
+    /// Forgets what the stages found out, to be judged from the start. Only while the frame has not been rewritten.
+    pub fn begin_again(&mut self) {
+        self.verdict = Verdict::Undecided;
+        self.layer4 = Layer4::Other;
+        self.partial_checksum = false;
+        self.flow = None;
+        self.choice = None;
+        self.rewrite = Rewrite::Route;
+        self.error_source = None;
+    }
+
     /// True as long as no stage has decided what becomes of the packet.
     #[inline]
     pub fn undecided(&self) -> bool {

@@ -68,6 +68,7 @@ reasons! {
     PuntFailed = "punt_failed", "The kernel did not take a packet that is not ours.";
     PortDown = "port_down", "The port to leave by is down.";
     Interrupted = "interrupted", "The data plane died while it rewrote this packet.";
+    InternalError = "internal_error", "A bug: the worker panicked over this packet; please report the log line.";
 }
 
 /// What becomes of a packet.

@@ -1,1 +1,532 @@
-//! To come.
+//! One pinned thread: takes bursts from its queue of every port, has them judged, and puts them where they belong.
+//!
+//! ```text
+//! for each port: receive (not released yet) -> pipeline -> frames sorted by the port that they leave by
+//! for each port: transmit, kick                        -> the kernel has them
+//! for each port: release, complete, refill             -> the kernel has room again
+//! ```
+//!
+//! The order is what makes a `kill -9` harmless: receive entries are released only after their packets are on a transmit
+//! ring, so whatever was under way comes again (see [`af_xdp::ledger`]). No lock, allocation, log or clock call is made for
+//! a packet; the clock is read once a round. Every packet received is counted once more as forwarded, answered,
+//! punted or dropped for a reason, or is held: the sums match exactly.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use af_xdp::{Burst, Frame, FramePool, Kick, Socket};
+use config::gateway::Poll;
+
+use crate::control::publish::Reader;
+use crate::packet::{BURST, Packet};
+use crate::pipeline::{self, AnswerBudget, Context, Rng};
+use crate::port::xsk::steer::Heartbeats;
+use crate::stats::{Counter, Counters};
+use crate::table::flow_map::{FlowMap, FlowWorker};
+use crate::tables::{Fib, Tables};
+use crate::verdict::{Reason, Verdict};
+
+use hold::{Holding, Resolve};
+use idle::Idle;
+use punt::Punt;
+
+pub mod hold;
+pub mod idle;
+pub mod punt;
+
+/// Nanoseconds in a second.
+const SECOND_NS: u64 = 1_000_000_000;
+/// The whole flow table is looked at for expired flows in about this time.
+const AGEING_ROUND_NS: u64 = 4 * SECOND_NS;
+/// Flow records looked at in one round at most: about 20 us if every one of them is to go.
+const AGEING_STEP: usize = 64;
+/// RSTs, ICMP errors and echo replies of one worker in a second.
+const ANSWERS_PER_S: u32 = 1_000;
+
+/// What a worker is made of.
+pub struct Worker {
+    /// Which worker, and so which queue of every port.
+    pub index: usize,
+    /// Its sockets, by port; all of one packet memory.
+    pub sockets: Vec<Socket>,
+    /// The free frames of that memory.
+    pub pool: FramePool,
+    /// Ways back to the kernel, by port.
+    pub punts: Vec<Punt>,
+    /// Its view of the published tables.
+    pub reader: Reader,
+    /// Connections, shared by all workers.
+    pub flows: Arc<FlowMap>,
+    /// Clients that session affinity remembers, shared by all workers.
+    pub affinity: Arc<FlowMap>,
+    /// Where the steering program and the keeper look whether it lives.
+    pub heartbeats: Arc<Heartbeats>,
+    /// How it asks for next hops to be resolved.
+    pub resolve: Resolve,
+    /// What it does when there is nothing to do.
+    pub poll: Poll,
+}
+
+impl Worker {
+    /// Forwards until `stop` is set and the worker is woken. On the thread that is to be the worker, already pinned.
+    pub fn run(self, stop: &AtomicBool) {
+        let link = self.reader.link().clone();
+        let counters = link.counters();
+        let mut reader = self.reader;
+        let mut judge = Judge {
+            flow_worker: self.flows.worker(self.index),
+            affinity_worker: self.affinity.worker(self.index),
+            ageing: Ageing::default(),
+            rng: Rng::new(clock_ns() ^ (self.index as u64) << 56),
+            answers: AnswerBudget::new(ANSWERS_PER_S),
+            flows: self.flows,
+            affinity: self.affinity,
+        };
+        let ports = self.sockets.len();
+        let mut rings = Rings {
+            out: (0..ports).map(|_| Outgoing::new(ports * BURST)).collect(),
+            sockets: self.sockets,
+            pool: self.pool,
+            punts: self.punts,
+        };
+        let mut batch = Batch::default();
+        let mut holding = Holding::new(self.resolve);
+        let mut generations = Generations::default();
+        let mut idle = Idle::new(self.poll);
+
+        while !stop.load(Ordering::Relaxed) {
+            let now_ns = clock_ns();
+            self.heartbeats.beat(self.index, now_ns);
+            link.beat(now_ns);
+            let (tables, fib) = reader.load();
+            generations.begin(tables.generation, &rings.sockets);
+
+            let mut received = 0;
+            for port in 0..ports {
+                let burst = &mut batch.received;
+                let count = rings.sockets[port].receive(&mut rings.pool, burst, BURST);
+                if count == 0 {
+                    continue;
+                }
+                received += count;
+                batch.take(port as u8, counters);
+                judge.judge(&mut batch.packets, tables, fib, now_ns, counters);
+                rings.dispatch(&mut batch, &mut holding, fib, now_ns, counters);
+            }
+            holding.again(&mut batch, fib.epoch, |batch, holding| {
+                judge.judge(&mut batch.packets, tables, fib, now_ns, counters);
+                rings.dispatch(batch, holding, fib, now_ns, counters);
+            });
+            holding.expire(now_ns, |packet, tails| {
+                counters.count(Reason::NeighborUnresolved);
+                rings.recycle(packet.frame, tails);
+            });
+
+            rings.transmit(counters);
+            rings.give_back();
+            if let Some(generation) = generations.settled(&mut rings.sockets) {
+                link.set_in_force(generation);
+            }
+            judge.quiescent(now_ns, received == 0, counters);
+            if received > 0 {
+                counters.add(Counter::bursts, 1);
+                idle.busy(now_ns);
+            } else if idle.may_sleep(now_ns) && !rings.unsent() && generations.is_settled() {
+                counters.add(Counter::sleeps, 1);
+                judge.offline();
+                idle::sleep(&rings.sockets, &link);
+                judge.online();
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC; a read of the vDSO, no system call.
+fn clock_ns() -> u64 {
+    crate::keeper::supervise::monotonic_ns()
+}
+
+/// Packets under judgement, all from one port or all from the holding queue.
+pub(crate) struct Batch {
+    /// As they came from the ring.
+    received: Burst,
+    /// The packets.
+    pub(crate) packets: Vec<Packet>,
+    /// Further segments of all of them, in order.
+    pub(crate) tails: Vec<Frame>,
+    /// How many of `tails` belong to each packet.
+    pub(crate) tail_counts: Vec<u16>,
+    /// When the held ones of them are given up; 0 for those just received.
+    pub(crate) deadline_ns: u64,
+}
+
+impl Default for Batch {
+    fn default() -> Batch {
+        Batch {
+            received: Burst::with_capacity(BURST),
+            packets: Vec::with_capacity(BURST),
+            tails: Vec::with_capacity(BURST),
+            tail_counts: Vec::with_capacity(BURST),
+            deadline_ns: 0,
+        }
+    }
+}
+
+impl Batch {
+    /// Makes packets of what was received from `port`, and counts them.
+    fn take(&mut self, port: u8, counters: &Counters) {
+        self.deadline_ns = 0;
+        let mut bytes = 0;
+        let mut tails = self.received.tails.drain(..).peekable();
+        for (index, frame) in self.received.heads.drain(..).enumerate() {
+            let (mut count, mut tail_len) = (0, 0);
+            while let Some(tail) = tails.next_if(|tail| usize::from(tail.of) == index) {
+                tail_len += tail.frame.len();
+                count += 1;
+                self.tails.push(tail.frame);
+            }
+            bytes += (frame.len() + tail_len) as u64;
+            self.tail_counts.push(count);
+            self.packets.push(Packet::new(frame, tail_len as u32, port));
+        }
+        counters.add(Counter::rx_packets, self.packets.len() as u64);
+        counters.add(Counter::rx_bytes, bytes);
+    }
+}
+
+/// The pipeline and what it keeps from burst to burst.
+struct Judge {
+    flows: Arc<FlowMap>,
+    flow_worker: FlowWorker,
+    affinity: Arc<FlowMap>,
+    affinity_worker: FlowWorker,
+    ageing: Ageing,
+    rng: Rng,
+    answers: AnswerBudget,
+}
+
+impl Judge {
+    /// Gives every packet a verdict. A packet over which the pipeline panics is dropped and counted; the others are judged
+    /// again without it, which gives them the same verdicts, since no frame changes before all have one.
+    fn judge(
+        &mut self,
+        packets: &mut [Packet],
+        tables: &Tables,
+        fib: &Fib,
+        now_ns: u64,
+        counters: &Counters,
+    ) {
+        let mut cx = Context {
+            tables,
+            fib,
+            flows: &self.flows,
+            flow_worker: &mut self.flow_worker,
+            affinity: &self.affinity,
+            affinity_worker: &mut self.affinity_worker,
+            now_s: (now_ns / SECOND_NS) as u32,
+            rng: &mut self.rng,
+            answers: &mut self.answers,
+            counters,
+            read_only: false,
+        };
+        let mut run = |packets: &mut [Packet]| {
+            catch_unwind(AssertUnwindSafe(|| pipeline::run(packets, &mut cx, &mut ()))).is_ok()
+        };
+        if !run(packets) {
+            for packet in packets {
+                packet.begin_again();
+                if !run(std::slice::from_mut(packet)) {
+                    packet.verdict = Verdict::Drop(Reason::InternalError);
+                }
+            }
+        }
+    }
+
+    /// Between bursts, when no flow is held: gives expired flows and old records back, a few at a time.
+    fn quiescent(&mut self, now_ns: u64, idle: bool, counters: &Counters) {
+        let now_s = (now_ns / SECOND_NS) as u32;
+        let most = if idle { 16 * AGEING_STEP } else { AGEING_STEP };
+        let count = self.ageing.due(now_ns, self.flows.capacity(), most);
+        if count > 0 {
+            let expired = self.flows.age(&mut self.flow_worker, now_s, count);
+            counters.add(Counter::flows_expired, expired as u64);
+            self.affinity.age(&mut self.affinity_worker, now_s, count.div_ceil(4));
+        }
+        self.flows.quiescent(&mut self.flow_worker);
+        self.affinity.quiescent(&mut self.affinity_worker);
+    }
+
+    fn offline(&mut self) {
+        self.flows.offline(&mut self.flow_worker);
+        self.affinity.offline(&mut self.affinity_worker);
+    }
+
+    fn online(&mut self) {
+        self.flows.online(&mut self.flow_worker);
+        self.affinity.online(&mut self.affinity_worker);
+    }
+}
+
+/// How many flow records are due to be looked at.
+#[derive(Default)]
+struct Ageing {
+    last_ns: u64,
+}
+
+impl Ageing {
+    /// At most `most`; the time of those not granted is carried over, up to a second.
+    fn due(&mut self, now_ns: u64, capacity: usize, most: usize) -> usize {
+        let elapsed_ns = now_ns.saturating_sub(self.last_ns).min(SECOND_NS);
+        let record_ns = (AGEING_ROUND_NS / capacity.max(1) as u64).max(1);
+        let count = ((elapsed_ns / record_ns) as usize).min(most);
+        if count > 0 {
+            self.last_ns = now_ns - elapsed_ns + count as u64 * record_ns;
+        }
+        count
+    }
+}
+
+/// Which generation is in force: every frame rewritten under an older one has been taken off the transmit rings.
+#[derive(Default)]
+struct Generations {
+    current: u64,
+    settling: Option<u64>,
+    marks: Vec<u32>,
+}
+
+impl Generations {
+    /// Before the first burst under `generation`: notes how far the transmit rings are filled with older frames.
+    /// One generation settles at a time, so that frequent changes do not put it off for ever.
+    fn begin(&mut self, generation: u64, sockets: &[Socket]) {
+        if generation != self.current && self.settling.is_none() {
+            self.current = generation;
+            self.settling = Some(generation);
+            self.marks.clear();
+            self.marks.extend(sockets.iter().map(Socket::tx_mark));
+        }
+    }
+
+    /// The generation that came in force just now, if one did.
+    fn settled(&mut self, sockets: &mut [Socket]) -> Option<u64> {
+        self.settling?;
+        let sent = sockets.iter_mut().zip(&self.marks).all(|(socket, mark)| socket.is_sent(*mark));
+        if sent { self.settling.take() } else { None }
+    }
+
+    fn is_settled(&self) -> bool {
+        self.settling.is_none()
+    }
+}
+
+/// Why a frame is on its way out.
+#[derive(Clone, Copy)]
+enum Leaving {
+    Forwarded,
+    Answer(Reason),
+}
+
+/// Packets that leave by one port in this round.
+struct Outgoing {
+    burst: Burst,
+    /// For each packet of `burst`: why, and its length in bytes.
+    packets: Vec<(Leaving, u32)>,
+    /// The kernel has not taken everything off the transmit ring yet.
+    unsent: bool,
+}
+
+impl Outgoing {
+    fn new(packets: usize) -> Outgoing {
+        Outgoing { burst: Burst::with_capacity(packets), packets: Vec::with_capacity(packets), unsent: false }
+    }
+}
+
+/// The worker's queues.
+struct Rings {
+    sockets: Vec<Socket>,
+    pool: FramePool,
+    punts: Vec<Punt>,
+    out: Vec<Outgoing>,
+}
+
+impl Rings {
+    /// Rewrites what leaves and sorts the batch by verdict.
+    fn dispatch(
+        &mut self,
+        batch: &mut Batch,
+        holding: &mut Holding,
+        fib: &Fib,
+        now_ns: u64,
+        counters: &Counters,
+    ) {
+        rewrite(batch, fib);
+        let deadline_ns = batch.deadline_ns;
+        let mut tails = batch.tails.drain(..);
+        for (packet, tail_count) in batch.packets.drain(..).zip(batch.tail_counts.drain(..)) {
+            let mut tails = tails.by_ref().take(usize::from(tail_count));
+            match packet.verdict {
+                Verdict::Forward { port } => self.leave(port, Leaving::Forwarded, packet.frame, tails),
+                Verdict::Answer { port, reason } => {
+                    tails.for_each(|tail| self.pool.push(tail));
+                    self.leave(port, Leaving::Answer(reason), packet.frame, std::iter::empty());
+                }
+                Verdict::Punt => {
+                    let punted =
+                        self.punts[usize::from(packet.port)].send(&packet, tails.by_ref(), &mut self.pool);
+                    match punted {
+                        true => counters.add(Counter::punted, 1),
+                        false => counters.count(Reason::PuntFailed),
+                    }
+                    self.pool.push(packet.frame);
+                }
+                Verdict::Hold { port } => {
+                    if deadline_ns == 0 {
+                        counters.add(Counter::held, 1);
+                    }
+                    let refused = holding.hold(port, packet, tails.by_ref(), deadline_ns, now_ns);
+                    if let Some(packet) = refused {
+                        counters.count(Reason::NeighborUnresolved);
+                        self.recycle(packet.frame, tails);
+                    }
+                }
+                Verdict::Drop(reason) => {
+                    counters.count(reason);
+                    self.recycle(packet.frame, tails);
+                }
+                Verdict::Undecided => {
+                    counters.count(Reason::InternalError);
+                    self.recycle(packet.frame, tails);
+                }
+            }
+        }
+    }
+
+    fn leave(&mut self, port: u8, leaving: Leaving, head: Frame, tails: impl Iterator<Item = Frame>) {
+        let out = &mut self.out[usize::from(port)];
+        let mut len = head.len();
+        out.burst.push(head);
+        for tail in tails {
+            len += tail.len();
+            out.burst.push_tail(tail);
+        }
+        out.packets.push((leaving, len as u32));
+    }
+
+    fn recycle(&mut self, head: Frame, tails: impl IntoIterator<Item = Frame>) {
+        self.pool.push(head);
+        tails.into_iter().for_each(|tail| self.pool.push(tail));
+    }
+
+    /// Puts everything on the transmit rings and has the kernel send it. What finds no room is dropped and counted.
+    fn transmit(&mut self, counters: &Counters) {
+        for (socket, out) in self.sockets.iter_mut().zip(&mut self.out) {
+            let total = out.packets.len();
+            if total == 0 {
+                if out.unsent {
+                    out.unsent = socket.kick() == Kick::Left;
+                }
+                continue;
+            }
+            let mut sent = socket.transmit(&mut self.pool, &mut out.burst);
+            out.unsent = socket.kick() == Kick::Left;
+            if sent < total {
+                // The ring was full: the kernel has just made room, unless the device is stuck.
+                socket.complete(&mut self.pool);
+                sent += socket.transmit(&mut self.pool, &mut out.burst);
+                out.unsent = socket.kick() == Kick::Left;
+            }
+            let (mut forwarded, mut bytes) = (0, 0);
+            for (leaving, len) in &out.packets[..sent] {
+                bytes += u64::from(*len);
+                match leaving {
+                    Leaving::Forwarded => forwarded += 1,
+                    Leaving::Answer(reason) => counters.count(*reason),
+                }
+            }
+            counters.add(Counter::forwarded, forwarded);
+            counters.add(Counter::answered, sent as u64 - forwarded);
+            counters.add(Counter::tx_packets, sent as u64);
+            counters.add(Counter::tx_bytes, bytes);
+            (sent..total).for_each(|_| counters.count(Reason::TxRingFull));
+            out.burst.recycle(&mut self.pool);
+            out.packets.clear();
+        }
+    }
+
+    /// After [`Rings::transmit`]: gives receive entries back, takes sent frames back, and fills up.
+    fn give_back(&mut self) {
+        // All releases come first: a frame that is received and not released may not go to another ring.
+        for socket in &mut self.sockets {
+            socket.release(&mut self.pool);
+            socket.complete(&mut self.pool);
+        }
+        for socket in &mut self.sockets {
+            socket.refill(&mut self.pool);
+            if socket.is_busy_polled() {
+                socket.poll_driver();
+            }
+        }
+    }
+
+    fn unsent(&self) -> bool {
+        self.out.iter().any(|out| out.unsent)
+    }
+}
+
+/// Rewrites the frames of the batch that leave. A packet whose answer does not fit its frame, or over which the rewrite
+/// panics, is dropped.
+fn rewrite(batch: &mut Batch, fib: &Fib) {
+    let (mut next, mut tail) = (0, 0);
+    while next < batch.packets.len() {
+        let finished = catch_unwind(AssertUnwindSafe(|| {
+            while let Some(packet) = batch.packets.get_mut(next) {
+                let tails = &batch.tails[tail..tail + usize::from(batch.tail_counts[next])];
+                let leaves = matches!(packet.verdict, Verdict::Forward { .. } | Verdict::Answer { .. });
+                if leaves && !pipeline::rewrite(packet, tails, fib) {
+                    packet.verdict = Verdict::Drop(Reason::TxTooLong);
+                }
+                tail += tails.len();
+                next += 1;
+            }
+        }));
+        if finished.is_err() {
+            batch.packets[next].verdict = Verdict::Drop(Reason::InternalError);
+            tail += usize::from(batch.tail_counts[next]);
+            next += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_whole_flow_table_is_looked_at_in_the_time_it_should_take() {
+        for capacity in [1_000, 262_144, 10_000_000] {
+            let mut ageing = Ageing::default();
+            let mut looked_at = 0;
+            // A round of the loop each 100 us.
+            for round in 1..=40_000u64 {
+                looked_at += ageing.due(round * 100_000, capacity, usize::MAX);
+            }
+            let share = looked_at as f64 / capacity as f64;
+            assert!((0.9..=1.6).contains(&share), "{capacity}: {share}");
+        }
+    }
+
+    #[test]
+    fn ageing_never_takes_more_than_it_may() {
+        let mut ageing = Ageing::default();
+        assert_eq!(ageing.due(10 * SECOND_NS, 262_144, 64), 64);
+        // What was not granted is still due, but not more than a second of it.
+        let mut rest = 0;
+        while let count @ 1.. = ageing.due(10 * SECOND_NS, 262_144, 64) {
+            assert!(count <= 64);
+            rest += count;
+        }
+        assert!((60_000..70_000).contains(&rest), "{rest}");
+    }
+}

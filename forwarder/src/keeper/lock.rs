@@ -17,6 +17,7 @@ const PATIENCE: Duration = Duration::from_millis(500);
 pub struct RegionLock {
     _locked: File,
     region: File,
+    affinity: File,
 }
 
 impl RegionLock {
@@ -40,7 +41,7 @@ impl RegionLock {
                 .create(parent)
                 .map_err(|cause| fault(&cause))?;
         }
-        let open = || {
+        let open = |path: &Path| {
             File::options()
                 .read(true)
                 .write(true)
@@ -50,7 +51,7 @@ impl RegionLock {
                 .custom_flags(libc::O_NOFOLLOW)
                 .open(path)
         };
-        let locked = open().map_err(|cause| fault(&cause))?;
+        let locked = open(path).map_err(|cause| fault(&cause))?;
         let start = Instant::now();
         while let Err(cause) = flock(&locked, FlockOperation::NonBlockingLockExclusive) {
             if start.elapsed() > PATIENCE {
@@ -64,13 +65,21 @@ impl RegionLock {
             std::thread::sleep(Duration::from_millis(10));
         }
         // A description of its own: the data plane inherits this one, and the lock must not outlive the keeper in it.
-        let region = open().map_err(|cause| fault(&cause))?;
-        Ok(RegionLock { _locked: locked, region })
+        let region = open(path).map_err(|cause| fault(&cause))?;
+        let mut beside = path.as_os_str().to_owned();
+        beside.push(".affinity");
+        let affinity = open(Path::new(&beside)).map_err(|cause| fault(&cause))?;
+        Ok(RegionLock { _locked: locked, region, affinity })
     }
 
     /// The region, to be handed to the data plane.
     pub fn region(&self) -> &File {
         &self.region
+    }
+
+    /// The region of session affinity, which lies beside it.
+    pub fn affinity(&self) -> &File {
+        &self.affinity
     }
 }
 

@@ -68,6 +68,8 @@ pub struct Manifest {
     pub umems: Vec<Inherited>,
     /// The flow region.
     pub flows: Inherited,
+    /// The region of session affinity.
+    pub affinity: Inherited,
     /// The map of heartbeats.
     pub heartbeats: Inherited,
     /// The data plane's end of the socket pair to the keeper.
@@ -104,7 +106,7 @@ impl Manifest {
     /// Every descriptor in it.
     fn inherited(&self) -> impl Iterator<Item = Inherited> + '_ {
         let ports = self.ports.iter().flat_map(|port| port.sockets.iter().copied().chain([port.tap]));
-        let single = [self.flows, self.heartbeats, self.keeper, self.control];
+        let single = [self.flows, self.affinity, self.heartbeats, self.keeper, self.control];
         ports.chain(self.umems.iter().copied()).chain(single)
     }
 
@@ -147,6 +149,7 @@ mod tests {
             ports: Vec::new(),
             umems: vec![fd],
             flows: fd,
+            affinity: fd,
             heartbeats: fd,
             keeper: fd,
             control: fd,

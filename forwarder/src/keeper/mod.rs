@@ -29,6 +29,7 @@ use tracing::info;
 
 pub mod account;
 pub mod data_plane;
+pub mod driver;
 pub mod listen;
 pub mod lock;
 pub mod manifest;
@@ -65,6 +66,7 @@ pub fn run(file: &Path) -> anyhow::Result<()> {
         ports: ports.manifest(),
         umems: ports.umems(),
         flows: Inherited::of(lock.region()),
+        affinity: Inherited::of(lock.affinity()),
         heartbeats: Inherited::of(&ports.steering().heartbeats()),
         // Replaced at every start of the data plane.
         keeper: Inherited::of(&stop),

@@ -1,16 +1,52 @@
 //! The ports of the gateway, opened: steering program, packet memories, AF_XDP sockets, TAPs.
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
+use af_xdp::{Channels, OpenError, Socket, SocketConfig, Umem, UmemConfig};
 use config::fault::{Code, Fault};
-use config::gateway::Gateway;
+use config::gateway::{Gateway, Mode, PortSection};
+use tracing::{info, warn};
 
+use super::driver;
 use super::manifest::{Inherited, ManifestPort};
-use crate::port::xsk::steer::{Heartbeats, SteerError, SteerSizes, Steering};
+use super::preflight::interface_index;
+use super::tap::Tap;
+use crate::port::xsk::steer::{AttachMode, Heartbeats, SteerError, SteerSizes, Steering};
+
+/// How long to wait for links and queues of a keeper that was just killed: the kernel takes them down a moment later.
+const PATIENCE: Duration = Duration::from_millis(800);
 
 /// Everything that the keeper holds for the packets. Dropping it detaches, closes and frees all of it.
 pub struct Ports {
+    // Dropped first: what is ours reaches the kernel before the sockets close.
     steering: Steering,
+    ports: Vec<Port>,
+    umems: Vec<OwnedFd>,
+}
+
+/// One port.
+struct Port {
+    ifindex: u32,
+    /// By worker.
+    sockets: Vec<OwnedFd>,
+    modes: Vec<String>,
+    tap: Tap,
+    partial_checksums: bool,
+}
+
+/// The configuration of every socket of a gateway; keeper and data plane need the same.
+pub fn socket_config(gateway: &Gateway, port: &PortSection) -> SocketConfig {
+    SocketConfig {
+        rx_len: gateway.rings.rx,
+        tx_len: gateway.rings.tx,
+        fill_len: gateway.rings.fill,
+        completion_len: gateway.rings.completion,
+        copy_only: matches!(port.mode, Mode::Copy | Mode::Generic),
+        patience: PATIENCE,
+        ..SocketConfig::default()
+    }
 }
 
 impl Ports {
@@ -18,9 +54,41 @@ impl Ports {
     ///
     /// # Errors
     /// What cannot be had, with field, value and remedy.
-    pub fn open(_gateway: &Gateway) -> Result<Ports, Fault> {
-        let steering = Steering::load(SteerSizes::default()).map_err(|cause| steer_fault(&cause))?;
-        Ok(Ports { steering })
+    pub fn open(gateway: &Gateway) -> Result<Ports, Fault> {
+        let workers = gateway.workers.cpus.len();
+        let mut steering = Steering::load(SteerSizes::default()).map_err(|cause| steer_fault(0, &cause))?;
+        let mut ports = Vec::new();
+        for (index, section) in gateway.ports.iter().enumerate() {
+            ports.push(Port::attach(index, section, workers, &mut steering)?);
+        }
+        let mut umems = Vec::new();
+        for worker in 0..workers {
+            let config = UmemConfig {
+                chunks: gateway.frames_per_worker(),
+                chunk_len: gateway.umem.chunk_size,
+                hugepages: gateway.umem.hugepages,
+            };
+            let (umem, fd) = Umem::create(config).map_err(|cause| {
+                Fault::new(Code::Limit, cause.to_string()).field("umem.frames").value(config.chunks)
+            })?;
+            umems.push(fd);
+            let mut pool = umem.take_frames().ok_or_else(|| {
+                Fault::new(Code::Other, "the frames of a new packet memory are taken; this is a bug")
+            })?;
+            for (index, section) in gateway.ports.iter().enumerate() {
+                let config = socket_config(gateway, section);
+                let socket = Socket::open(&section.interface, worker as u32, index, &mut pool, &config)
+                    .map_err(|cause| open_fault(index, section, &cause))?;
+                if section.mode == Mode::ZeroCopy && !socket.is_zero_copy() {
+                    return Err(Fault::new(Code::Invalid, "its driver has no zero copy")
+                        .field(format!("port[{index}].mode"))
+                        .value("zero-copy")
+                        .remedy("use mode = \"auto\" or \"copy\""));
+                }
+                ports[index].add(worker, index as u8, section, socket, &mut steering)?;
+            }
+        }
+        Ok(Ports { steering, ports, umems })
     }
 
     /// The heartbeats, mapped.
@@ -43,15 +111,137 @@ impl Ports {
 
     /// What the data plane is told of the ports.
     pub fn manifest(&self) -> Vec<ManifestPort> {
-        Vec::new()
+        let entry = |port: &Port| ManifestPort {
+            ifindex: port.ifindex,
+            sockets: port.sockets.iter().map(Inherited::of).collect(),
+            modes: port.modes.clone(),
+            tap: Inherited::of(&port.tap),
+            partial_checksums: port.partial_checksums,
+        };
+        self.ports.iter().map(entry).collect()
     }
 
     /// The packet memories, by worker.
     pub fn umems(&self) -> Vec<Inherited> {
-        Vec::new()
+        self.umems.iter().map(Inherited::of).collect()
     }
 }
 
-fn steer_fault(cause: &SteerError) -> Fault {
+impl Port {
+    /// Attaches the steering program and makes the TAP.
+    fn attach(
+        index: usize,
+        section: &PortSection,
+        workers: usize,
+        steering: &mut Steering,
+    ) -> Result<Port, Fault> {
+        let interface = &section.interface;
+        let ifindex = interface_index(interface).ok_or_else(|| {
+            open_fault(index, section, &OpenError::NoSuchInterface { interface: interface.clone() })
+        })?;
+        check_queues(index, section, workers)?;
+        let modes: &[AttachMode] = match section.mode {
+            Mode::Auto => &[AttachMode::Native, AttachMode::Generic],
+            Mode::ZeroCopy | Mode::Copy => &[AttachMode::Native],
+            Mode::Generic => &[AttachMode::Generic],
+        };
+        let start = Instant::now();
+        let attached = loop {
+            match steering.attach(index as u8, interface, ifindex, modes) {
+                Err(SteerError::Occupied { .. }) if start.elapsed() < PATIENCE => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                outcome => break outcome.map_err(|cause| steer_fault(index, &cause))?,
+            }
+        };
+        let redirected = attached == AttachMode::Native;
+        let tap = Tap::create(interface, !redirected).map_err(|cause| {
+            Fault::new(
+                Code::Invalid,
+                format!("the TAP for packets that are not ours cannot be made: {cause}"),
+            )
+            .field(format!("port[{index}].interface"))
+            .value(interface)
+            .remedy("see that /dev/net/tun exists (modprobe tun) and that CAP_NET_ADMIN is granted")
+        })?;
+        if redirected {
+            steering
+                .attach_punt(tap.name(), tap.ifindex(), ifindex)
+                .map_err(|cause| steer_fault(index, &cause))?;
+        } else {
+            warn!(
+                port = section.name,
+                "the steering program runs in the generic path: every packet is copied once more"
+            );
+        }
+        let driver = driver::name(interface).unwrap_or_default();
+        info!(port = section.name, interface, driver, steering = %attached, punt = tap.name(), "port opened");
+        let partial_checksums = matches!(driver.as_str(), "veth" | "tun");
+        Ok(Port {
+            ifindex,
+            sockets: Vec::new(),
+            modes: vec![attached.to_string(); workers],
+            tap,
+            partial_checksums,
+        })
+    }
+
+    fn add(
+        &mut self,
+        worker: usize,
+        port: u8,
+        section: &PortSection,
+        socket: Socket,
+        steering: &mut Steering,
+    ) -> Result<(), Fault> {
+        let copy = if socket.is_zero_copy() { "zero-copy" } else { "copy" };
+        self.modes[worker] = format!("{} {copy}", self.modes[worker]);
+        info!(port = section.name, queue = worker, mode = self.modes[worker], "queue opened");
+        let fd = socket.into_fd();
+        steering
+            .set_socket(port, worker as u32, fd.as_fd())
+            .map_err(|cause| steer_fault(usize::from(port), &cause))?;
+        self.sockets.push(fd);
+        Ok(())
+    }
+}
+
+/// A queue without a worker would swallow its packets, a worker without a queue would be idle: there are as many of one
+/// as of the other.
+fn check_queues(index: usize, section: &PortSection, workers: usize) -> Result<(), Fault> {
+    let interface = &section.interface;
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").or_else(|_| std::net::UdpSocket::bind("[::1]:0"));
+    // Without any socket the queue check of the AF_XDP socket itself has to do.
+    let Some(channels) = socket.ok().and_then(|socket| Channels::of(socket, interface).ok()) else {
+        return Ok(());
+    };
+    let receiving = channels.rx + channels.combined;
+    if receiving as usize == workers {
+        return Ok(());
+    }
+    let fewer = workers > receiving as usize;
+    let complaint = format!(
+        "has {receiving} receive queue(s) for {workers} worker(s); {}",
+        if fewer { "each worker needs one" } else { "packets of the others would reach no worker" }
+    );
+    Err(Fault::new(Code::Invalid, complaint)
+        .field(format!("port[{index}].interface"))
+        .value(interface)
+        .remedy(channels.remedy(interface, workers as u32)))
+}
+
+fn steer_fault(port: usize, cause: &SteerError) -> Fault {
+    let fault = Fault::new(Code::Invalid, cause.to_string());
+    match cause {
+        SteerError::Occupied { interface } | SteerError::NoXdp { interface, .. } => {
+            fault.field(format!("port[{port}].interface")).value(interface)
+        }
+        _ => fault,
+    }
+}
+
+fn open_fault(port: usize, section: &PortSection, cause: &OpenError) -> Fault {
     Fault::new(Code::Invalid, cause.to_string())
+        .field(format!("port[{port}].interface"))
+        .value(&section.interface)
 }

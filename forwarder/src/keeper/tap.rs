@@ -26,7 +26,8 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Creates a TAP named `towpathN` with the MAC address of `port`, and sets it up.
+    /// Creates a TAP named `towpathN` with the MAC address of `port`, and sets it up. Packets are written to it behind a
+    /// virtio header (see [`crate::worker::punt`]).
     ///
     /// `receives`: packets are to be received by the TAP itself, not redirected.
     ///
@@ -36,7 +37,7 @@ impl Tap {
         let file =
             File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
         let mut request = request_for("towpath%d")?;
-        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as i16;
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
         ioctl(file.as_fd(), libc::TUNSETIFF, &mut request)?;
         let name: String = request
             .ifr_name

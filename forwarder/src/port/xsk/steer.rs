@@ -70,15 +70,13 @@ pub enum SteerError {
         /// Name of the interface.
         interface: String,
     },
-    /// The interface takes no XDP program, neither native nor generic.
-    #[error("port {interface}: takes no XDP program: native: {native}; generic: {generic}")]
+    /// The interface takes no XDP program in any of the modes that were wanted.
+    #[error("port {interface}: takes no XDP program ({refusals})")]
     NoXdp {
         /// Name of the interface.
         interface: String,
-        /// Why not in the driver.
-        native: String,
-        /// Why not in the generic path.
-        generic: String,
+        /// Each mode and why it was refused.
+        refusals: String,
     },
     /// A map has no room for another entry.
     #[error(
@@ -109,6 +107,15 @@ pub enum AttachMode {
     Native,
     /// In the generic path, after the kernel has; every packet is copied once more.
     Generic,
+}
+
+impl AttachMode {
+    fn xdp_mode(self) -> XdpMode {
+        match self {
+            AttachMode::Native => XdpMode::Driver,
+            AttachMode::Generic => XdpMode::Skb,
+        }
+    }
 }
 
 impl fmt::Display for AttachMode {
@@ -216,31 +223,30 @@ impl Steering {
         })
     }
 
-    /// Attaches the program to an interface as port `port`: in the driver if it can, else in the generic path.
+    /// Attaches the program to an interface as port `port`, by the first of `modes` that the interface takes.
     ///
     /// # Errors
-    /// [`SteerError::Occupied`] if another program is there, [`SteerError::NoXdp`] if neither path takes it.
-    pub fn attach(&mut self, port: u8, interface: &str, ifindex: u32) -> Result<AttachMode, SteerError> {
+    /// [`SteerError::Occupied`] if another program is there, [`SteerError::NoXdp`] if no mode is taken.
+    pub fn attach(
+        &mut self,
+        port: u8,
+        interface: &str,
+        ifindex: u32,
+        modes: &[AttachMode],
+    ) -> Result<AttachMode, SteerError> {
         self.ports.insert(ifindex, u32::from(port), 0).map_err(|cause| map_error("ports", &cause))?;
-        let native = match self.attach_as(ifindex, XdpMode::Driver) {
-            Ok(()) => return Ok(AttachMode::Native),
-            Err(cause) => cause,
-        };
-        // EBUSY: a link of another process. EEXIST: a program in the other path.
-        if is_errno(&native, libc::EBUSY) || is_errno(&native, libc::EEXIST) {
-            return Err(SteerError::Occupied { interface: interface.into() });
-        }
-        match self.attach_as(ifindex, XdpMode::Skb) {
-            Ok(()) => Ok(AttachMode::Generic),
-            Err(cause) if is_errno(&cause, libc::EBUSY) => {
-                Err(SteerError::Occupied { interface: interface.into() })
+        let mut refusals = Vec::new();
+        for mode in modes {
+            match self.attach_as(ifindex, mode.xdp_mode()) {
+                Ok(()) => return Ok(*mode),
+                // EBUSY: a link of another process. EEXIST: a program in the other path.
+                Err(cause) if is_errno(&cause, libc::EBUSY) || is_errno(&cause, libc::EEXIST) => {
+                    return Err(SteerError::Occupied { interface: interface.into() });
+                }
+                Err(cause) => refusals.push(format!("{mode}: {}", chain(&cause))),
             }
-            Err(generic) => Err(SteerError::NoXdp {
-                interface: interface.into(),
-                native: chain(&native),
-                generic: chain(&generic),
-            }),
         }
+        Err(SteerError::NoXdp { interface: interface.into(), refusals: refusals.join("; ") })
     }
 
     fn attach_as(&mut self, ifindex: u32, mode: XdpMode) -> Result<(), ProgramError> {
