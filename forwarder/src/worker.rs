@@ -15,13 +15,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use af_xdp::{Burst, Frame, FramePool, Kick, Socket};
 use config::gateway::Poll;
 
 use crate::control::publish::Reader;
 use crate::packet::{BURST, Packet};
 use crate::pipeline::{self, AnswerBudget, Context, Rng};
 use crate::port::xsk::steer::Heartbeats;
+use crate::port::{Burst, Frame, FramePool, Kick, Port};
 use crate::stats::{Counter, Counters};
 use crate::table::flow_map::{FlowMap, FlowWorker};
 use crate::tables::{Fib, Tables};
@@ -45,11 +45,11 @@ const AGEING_STEP: usize = 64;
 const ANSWERS_PER_S: u32 = 1_000;
 
 /// What a worker is made of.
-pub struct Worker {
+pub struct Worker<P> {
     /// Which worker, and so which queue of every port.
     pub index: usize,
-    /// Its sockets, by port; all of one packet memory.
-    pub sockets: Vec<Socket>,
+    /// Its queue of every port; all of one packet memory.
+    pub ports: Vec<P>,
     /// The free frames of that memory.
     pub pool: FramePool,
     /// Ways back to the kernel, by port.
@@ -68,7 +68,7 @@ pub struct Worker {
     pub poll: Poll,
 }
 
-impl Worker {
+impl<P: Port> Worker<P> {
     /// Forwards until `stop` is set and the worker is woken. On the thread that is to be the worker, already pinned.
     pub fn run(self, stop: &AtomicBool) {
         let link = self.reader.link().clone();
@@ -83,10 +83,10 @@ impl Worker {
             flows: self.flows,
             affinity: self.affinity,
         };
-        let ports = self.sockets.len();
+        let ports = self.ports.len();
         let mut rings = Rings {
             out: (0..ports).map(|_| Outgoing::new(ports * BURST)).collect(),
-            sockets: self.sockets,
+            ports: self.ports,
             pool: self.pool,
             punts: self.punts,
         };
@@ -100,12 +100,12 @@ impl Worker {
             self.heartbeats.beat(self.index, now_ns);
             link.beat(now_ns);
             let (tables, fib) = reader.load();
-            generations.begin(tables.generation, &rings.sockets);
+            generations.begin(tables.generation, &rings.ports);
 
             let mut received = 0;
             for port in 0..ports {
                 let burst = &mut batch.received;
-                let count = rings.sockets[port].receive(&mut rings.pool, burst, BURST);
+                let count = rings.ports[port].rx_burst(&mut rings.pool, burst, BURST);
                 if count == 0 {
                     continue;
                 }
@@ -125,7 +125,7 @@ impl Worker {
 
             rings.transmit(counters);
             rings.give_back();
-            if let Some(generation) = generations.settled(&mut rings.sockets) {
+            if let Some(generation) = generations.settled(&mut rings.ports) {
                 link.set_in_force(generation);
             }
             judge.quiescent(now_ns, received == 0, counters);
@@ -135,7 +135,7 @@ impl Worker {
             } else if idle.may_sleep(now_ns) && !rings.unsent() && generations.is_settled() {
                 counters.add(Counter::sleeps, 1);
                 judge.offline();
-                idle::sleep(&rings.sockets, &link);
+                idle::sleep(&rings.ports, &link);
                 judge.online();
             } else {
                 std::hint::spin_loop();
@@ -300,19 +300,19 @@ struct Generations {
 impl Generations {
     /// Before the first burst under `generation`: notes how far the transmit rings are filled with older frames.
     /// One generation settles at a time, so that frequent changes do not put it off for ever.
-    fn begin(&mut self, generation: u64, sockets: &[Socket]) {
+    fn begin<P: Port>(&mut self, generation: u64, ports: &[P]) {
         if generation != self.current && self.settling.is_none() {
             self.current = generation;
             self.settling = Some(generation);
             self.marks.clear();
-            self.marks.extend(sockets.iter().map(Socket::tx_mark));
+            self.marks.extend(ports.iter().map(P::tx_mark));
         }
     }
 
     /// The generation that came in force just now, if one did.
-    fn settled(&mut self, sockets: &mut [Socket]) -> Option<u64> {
+    fn settled<P: Port>(&mut self, ports: &mut [P]) -> Option<u64> {
         self.settling?;
-        let sent = sockets.iter_mut().zip(&self.marks).all(|(socket, mark)| socket.is_sent(*mark));
+        let sent = ports.iter_mut().zip(&self.marks).all(|(port, mark)| port.is_sent(*mark));
         if sent { self.settling.take() } else { None }
     }
 
@@ -344,14 +344,14 @@ impl Outgoing {
 }
 
 /// The worker's queues.
-struct Rings {
-    sockets: Vec<Socket>,
+struct Rings<P> {
+    ports: Vec<P>,
     pool: FramePool,
     punts: Vec<Punt>,
     out: Vec<Outgoing>,
 }
 
-impl Rings {
+impl<P: Port> Rings<P> {
     /// Rewrites what leaves and sorts the batch by verdict.
     fn dispatch(
         &mut self,
@@ -421,21 +421,21 @@ impl Rings {
 
     /// Puts everything on the transmit rings and has the kernel send it. What finds no room is dropped and counted.
     fn transmit(&mut self, counters: &Counters) {
-        for (socket, out) in self.sockets.iter_mut().zip(&mut self.out) {
+        for (port, out) in self.ports.iter_mut().zip(&mut self.out) {
             let total = out.packets.len();
             if total == 0 {
                 if out.unsent {
-                    out.unsent = socket.kick() == Kick::Left;
+                    out.unsent = port.kick() == Kick::Left;
                 }
                 continue;
             }
-            let mut sent = socket.transmit(&mut self.pool, &mut out.burst);
-            out.unsent = socket.kick() == Kick::Left;
+            let mut sent = port.tx_burst(&mut self.pool, &mut out.burst);
+            out.unsent = port.kick() == Kick::Left;
             if sent < total {
                 // The ring was full: the kernel has just made room, unless the device is stuck.
-                socket.complete(&mut self.pool);
-                sent += socket.transmit(&mut self.pool, &mut out.burst);
-                out.unsent = socket.kick() == Kick::Left;
+                port.complete(&mut self.pool);
+                sent += port.tx_burst(&mut self.pool, &mut out.burst);
+                out.unsent = port.kick() == Kick::Left;
             }
             let (mut forwarded, mut bytes) = (0, 0);
             for (leaving, len) in &out.packets[..sent] {
@@ -458,15 +458,12 @@ impl Rings {
     /// After [`Rings::transmit`]: gives receive entries back, takes sent frames back, and fills up.
     fn give_back(&mut self) {
         // All releases come first: a frame that is received and not released may not go to another ring.
-        for socket in &mut self.sockets {
-            socket.release(&mut self.pool);
-            socket.complete(&mut self.pool);
+        for port in &mut self.ports {
+            port.release_rx(&mut self.pool);
+            port.complete(&mut self.pool);
         }
-        for socket in &mut self.sockets {
-            socket.refill(&mut self.pool);
-            if socket.is_busy_polled() {
-                socket.poll_driver();
-            }
+        for port in &mut self.ports {
+            port.refill(&mut self.pool);
         }
     }
 

@@ -10,9 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 
-use af_xdp::{FramePool, Socket, Umem, recover_frames};
+use af_xdp::{FramePool, Umem};
 use anyhow::{Context, Result};
-use config::gateway::Gateway;
 use rustix::process::Pid;
 use tracing::{info, warn};
 
@@ -21,6 +20,7 @@ use super::ports::socket_config;
 use super::requests::Keeper;
 use super::sandbox;
 use crate::control::publish::Publisher;
+use crate::port::xsk::queue::{XskPort, take_over};
 use crate::port::xsk::steer::Heartbeats;
 use crate::stage::flow::{self, Phase};
 use crate::table::flow_map::{FlowMap, FlowMapConfig};
@@ -66,10 +66,10 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
 
     let stop = Arc::new(AtomicBool::new(false));
     let mut threads = Vec::new();
-    for (index, ((sockets, pool), punts)) in queues.into_iter().zip(punts).enumerate() {
+    for (index, ((ports, pool), punts)) in queues.into_iter().zip(punts).enumerate() {
         let worker = Worker {
             index,
-            sockets,
+            ports,
             pool,
             punts,
             reader: publisher.reader(index),
@@ -93,7 +93,11 @@ fn resolve() -> Resolve {
 }
 
 /// Starts a worker on its CPU. It narrows its system calls once it is there.
-fn start_worker(worker: Worker, cpu: u32, stop: Arc<AtomicBool>) -> Result<thread::JoinHandle<Result<()>>> {
+fn start_worker(
+    worker: Worker<XskPort>,
+    cpu: u32,
+    stop: Arc<AtomicBool>,
+) -> Result<thread::JoinHandle<Result<()>>> {
     let index = worker.index;
     let run = move || {
         if !core_affinity::set_for_current(core_affinity::CoreId { id: cpu as usize }) {
@@ -143,18 +147,13 @@ fn open_region(file: File, config: FlowMapConfig, what: &str) -> Result<FlowMap>
 }
 
 /// Maps packet memories and rings again, and finds the frames of the process before. By worker.
-fn inherit_queues(manifest: &Manifest) -> Result<Vec<(Vec<Socket>, FramePool)>> {
-    let gateway: &Gateway = &manifest.gateway;
+fn inherit_queues(manifest: &Manifest) -> Result<Vec<(Vec<XskPort>, FramePool)>> {
+    let config = socket_config(&manifest.gateway);
     let mut queues = Vec::new();
     for (worker, umem) in manifest.umems.iter().enumerate() {
         let umem = Umem::inherit(umem.take()?)?;
-        let mut sockets = Vec::new();
-        for (index, port) in manifest.ports.iter().enumerate() {
-            let config = socket_config(gateway, &gateway.ports[index]);
-            sockets.push(Socket::inherit(port.sockets[worker].take()?, umem, index, &config)?);
-        }
-        let (pool, recovered) =
-            recover_frames(umem, &mut sockets).context("the frames were taken before; this is a bug")?;
+        let sockets = manifest.ports.iter().map(|port| Ok((port.sockets[worker].take()?, port.attached)));
+        let (ports, pool, recovered) = take_over(umem, sockets.collect::<Result<_>>()?, &config)?;
         info!(
             worker,
             again = recovered.again,
@@ -165,7 +164,7 @@ fn inherit_queues(manifest: &Manifest) -> Result<Vec<(Vec<Socket>, FramePool)>> 
             free = pool.len(),
             "frames found"
         );
-        queues.push((sockets, pool));
+        queues.push((ports, pool));
     }
     Ok(queues)
 }

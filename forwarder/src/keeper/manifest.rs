@@ -14,6 +14,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 use serde::{Deserialize, Serialize};
 
+use crate::port::xsk::steer::AttachMode;
+
 /// A descriptor by its number, valid in the data plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -47,8 +49,8 @@ pub struct ManifestPort {
     pub ifindex: u32,
     /// AF_XDP sockets, by worker.
     pub sockets: Vec<Inherited>,
-    /// How packets are exchanged with the driver, by worker, for people.
-    pub modes: Vec<String>,
+    /// Where the steering program runs.
+    pub attached: AttachMode,
     /// Where packets that are not ours go back to the kernel.
     pub tap: Inherited,
     /// Packets from local stacks come in with unfinished checksums (veth, tap).

@@ -13,6 +13,7 @@ use super::driver;
 use super::manifest::{Inherited, ManifestPort};
 use super::preflight::interface_index;
 use super::tap::Tap;
+use crate::port::xsk::queue::mode_of;
 use crate::port::xsk::steer::{AttachMode, Heartbeats, SteerError, SteerSizes, Steering};
 
 /// How long to wait for links and queues of a keeper that was just killed: the kernel takes them down a moment later.
@@ -31,19 +32,18 @@ struct Port {
     ifindex: u32,
     /// By worker.
     sockets: Vec<OwnedFd>,
-    modes: Vec<String>,
+    attached: AttachMode,
     tap: Tap,
     partial_checksums: bool,
 }
 
-/// The configuration of every socket of a gateway; keeper and data plane need the same.
-pub fn socket_config(gateway: &Gateway, port: &PortSection) -> SocketConfig {
+/// The configuration of the sockets of a gateway; keeper and data plane need the same.
+pub fn socket_config(gateway: &Gateway) -> SocketConfig {
     SocketConfig {
         rx_len: gateway.rings.rx,
         tx_len: gateway.rings.tx,
         fill_len: gateway.rings.fill,
         completion_len: gateway.rings.completion,
-        copy_only: matches!(port.mode, Mode::Copy | Mode::Generic),
         patience: PATIENCE,
         ..SocketConfig::default()
     }
@@ -76,7 +76,8 @@ impl Ports {
                 Fault::new(Code::Other, "the frames of a new packet memory are taken; this is a bug")
             })?;
             for (index, section) in gateway.ports.iter().enumerate() {
-                let config = socket_config(gateway, section);
+                let copy_only = matches!(section.mode, Mode::Copy | Mode::Generic);
+                let config = SocketConfig { copy_only, ..socket_config(gateway) };
                 let socket = Socket::open(&section.interface, worker as u32, index, &mut pool, &config)
                     .map_err(|cause| open_fault(index, section, &cause))?;
                 if section.mode == Mode::ZeroCopy && !socket.is_zero_copy() {
@@ -114,7 +115,7 @@ impl Ports {
         let entry = |port: &Port| ManifestPort {
             ifindex: port.ifindex,
             sockets: port.sockets.iter().map(Inherited::of).collect(),
-            modes: port.modes.clone(),
+            attached: port.attached,
             tap: Inherited::of(&port.tap),
             partial_checksums: port.partial_checksums,
         };
@@ -177,13 +178,7 @@ impl Port {
         let driver = driver::name(interface).unwrap_or_default();
         info!(port = section.name, interface, driver, steering = %attached, punt = tap.name(), "port opened");
         let partial_checksums = matches!(driver.as_str(), "veth" | "tun");
-        Ok(Port {
-            ifindex,
-            sockets: Vec::new(),
-            modes: vec![attached.to_string(); workers],
-            tap,
-            partial_checksums,
-        })
+        Ok(Port { ifindex, sockets: Vec::new(), attached, tap, partial_checksums })
     }
 
     fn add(
@@ -194,9 +189,7 @@ impl Port {
         socket: Socket,
         steering: &mut Steering,
     ) -> Result<(), Fault> {
-        let copy = if socket.is_zero_copy() { "zero-copy" } else { "copy" };
-        self.modes[worker] = format!("{} {copy}", self.modes[worker]);
-        info!(port = section.name, queue = worker, mode = self.modes[worker], "queue opened");
+        info!(port = section.name, queue = worker, mode = %mode_of(&socket, self.attached), "queue opened");
         let fd = socket.into_fd();
         steering
             .set_socket(port, worker as u32, fd.as_fd())

@@ -2,11 +2,10 @@
 
 use std::collections::VecDeque;
 
-use af_xdp::Frame;
-
 use super::Batch;
 use crate::addr::Addr;
 use crate::packet::{BURST, Packet};
+use crate::port::Frame;
 
 /// Packets that wait in one worker at most.
 const MOST: usize = 256;

@@ -3,10 +3,8 @@
 use config::gateway::Poll;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use af_xdp::Socket;
-use std::os::fd::AsFd;
-
 use crate::control::publish::WorkerLink;
+use crate::port::Port;
 use crate::port::xsk::steer::MAX_PORTS;
 
 /// How long a worker spins after its last packet. Falling asleep and being woken costs about as much as twenty packets,
@@ -41,15 +39,14 @@ impl Idle {
 }
 
 /// Sleeps until a packet is on a receive ring, somebody wakes the worker, or it is time for a heartbeat.
-pub fn sleep(sockets: &[Socket], link: &WorkerLink) {
+pub fn sleep<P: Port>(ports: &[P], link: &WorkerLink) {
     // An array, since a worker does not allocate; unused places repeat the wake-up.
-    let mut fds: [PollFd<'_>; MAX_PORTS as usize + 1] =
-        std::array::from_fn(|index| match sockets.get(index) {
-            Some(socket) => PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN),
-            None => PollFd::from_borrowed_fd(link.wake_fd(), PollFlags::IN),
-        });
+    let mut fds: [PollFd<'_>; MAX_PORTS as usize + 1] = std::array::from_fn(|index| {
+        let fd = ports.get(index).and_then(P::poll_fd).unwrap_or(link.wake_fd());
+        PollFd::from_borrowed_fd(fd, PollFlags::IN)
+    });
     // An error (EINTR) is a short sleep.
-    let _ = poll(&mut fds[..=sockets.len()], Some(&SLEEP));
+    let _ = poll(&mut fds[..=ports.len()], Some(&SLEEP));
     link.clear_wake();
 }
 

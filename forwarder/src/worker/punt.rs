@@ -3,9 +3,8 @@
 use std::io::IoSlice;
 use std::os::fd::OwnedFd;
 
-use af_xdp::{Frame, FramePool};
-
 use crate::packet::{Layer4, Packet};
+use crate::port::{Frame, FramePool};
 
 /// Segments of one packet at most, the first included; the kernel sends no more (MAX_SKB_FRAGS + 1).
 const SEGMENTS: usize = 18;
