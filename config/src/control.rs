@@ -831,6 +831,9 @@ pub struct Trace {
     /// The Service that it belongs to, with every endpoint and why it is used or not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<ServiceDescription>,
+    /// Where its client is, if a Service was found: `outside`, `pod` or `node`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<String>,
     /// The frontend that it matched: `address:port/protocol`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frontend: Option<String>,
