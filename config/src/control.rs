@@ -831,7 +831,7 @@ pub struct Trace {
     /// The Service that it belongs to, with every endpoint and why it is used or not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<ServiceDescription>,
-    /// Where its client is, if a Service was found: `outside`, `pod` or `node`.
+    /// Where its client is, as far as it was judged: `outside`, `pod` or `node`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<String>,
     /// The frontend that it matched: `address:port/protocol`.

@@ -19,7 +19,7 @@ use crate::stage::flow::timeouts_s;
 use crate::stats::Counters;
 use crate::table::flow_map::{FlowMap, FlowMapConfig, FlowWorker};
 use crate::table::lpm::Lpm;
-use crate::tables::{Fib, Identity, NextHop, PortLink, PortSettings, Route, Tables};
+use crate::tables::{Fib, Identity, NextHop, Origin, PortLink, PortSettings, Route, Tables};
 use crate::trace::Step;
 use crate::verdict::Verdict;
 
@@ -243,6 +243,7 @@ fn report(packet: &Packet, steps: &[Step], port_names: &[String]) -> Report {
         };
         report.steps.push(TraceStep { stage: step.stage().to_owned(), text });
         match step {
+            Step::Origin(origin) => report.origin = Some(origin_name(*origin).to_owned()),
             Step::Frontend { .. } => report.frontend = Some(destination(&packet.tuple)),
             Step::Chosen { addr, port, .. } => {
                 report.endpoint = Some(std::net::SocketAddr::new(*addr, *port).to_string());
@@ -266,6 +267,15 @@ fn report(packet: &Packet, steps: &[Step], port_names: &[String]) -> Report {
         report.output = Some(packet.out.to_string());
     }
     report
+}
+
+/// Where a client is, in the word of the control protocol.
+fn origin_name(origin: Origin) -> &'static str {
+    match origin {
+        Origin::Outside => "outside",
+        Origin::Pod => "pod",
+        Origin::Node => "node",
+    }
 }
 
 /// `address:port/protocol` of what a packet asks for.
@@ -318,6 +328,7 @@ mod tests {
         let report = scene().explain(&spec("198.51.100.7", "10.244.1.2", From::Guess)).unwrap();
         assert_eq!((report.verdict.as_str(), report.port.as_deref()), ("forward", Some("fabric")));
         assert_eq!(report.output.as_deref(), Some("udp 198.51.100.7:1 > 10.244.1.2:2"));
+        assert_eq!(report.origin.as_deref(), Some("outside"));
     }
 
     #[test]
