@@ -1,1 +1,12 @@
-//! placeholder
+//! The rig that the tests run in, as a library.
+//!
+//! [`namespace`] and [`process`] make the world and clean it up, [`wire`] puts single frames into it and takes them out,
+//! [`case`], [`decode`] and [`oracle`] are the golden packets: inputs, what Linux made of them, and how to read a difference.
+
+pub mod case;
+pub mod decode;
+pub mod namespace;
+pub mod oracle;
+pub mod process;
+pub mod twin;
+pub mod wire;
