@@ -1,5 +1,6 @@
 //! The pipeline on whole packets: a gateway with a client side and a pod side, one Service, no I/O.
 
+#[allow(dead_code)] // the bench uses the rest of it
 mod rig;
 
 use forwarder::addr::Addr;

@@ -50,10 +50,15 @@ pub struct Gateway {
 
 impl Gateway {
     pub fn new() -> Gateway {
+        Gateway::with_capacity(1024)
+    }
+
+    /// A gateway for at most `flows` connections.
+    pub fn with_capacity(flows: u32) -> Gateway {
         let mut timeouts_s = [60; 16];
         timeouts_s[..8].copy_from_slice(&[240, 7440, 240, 30, 300, 60, 300, 10_800]);
         let config = FlowMapConfig {
-            capacity: 1024,
+            capacity: flows,
             embryonic_share: 100,
             timeouts_s,
             embryonic_phases: Phase::EMBRYONIC,
@@ -72,7 +77,7 @@ impl Gateway {
             rng: Rng::new(1),
             answers: AnswerBudget::new(1_000_000),
             counters: Counters::default(),
-            pool: Umem::anonymous(8, 4096).take_frames().unwrap(),
+            pool: Umem::anonymous(128, 4096).take_frames().unwrap(),
             now_s: 1000,
         };
         gateway.tables.identities = Arc::new(Lpm::build(
@@ -202,6 +207,43 @@ impl Gateway {
         self.flows.quiescent(&mut self.flow_worker);
         self.affinity.quiescent(&mut self.affinity_worker);
         (packet.verdict, out)
+    }
+
+    /// A burst of packets that come in by `port`.
+    pub fn burst(&mut self, port: u8, packets: &[Vec<u8>]) -> Vec<Packet> {
+        let mut burst = Vec::with_capacity(packets.len());
+        for bytes in packets {
+            let mut frame = self.pool.frame_from(bytes).unwrap();
+            frame.data_mut()[..6].copy_from_slice(&port_mac(port));
+            burst.push(Packet::new(frame, 0, port));
+        }
+        burst
+    }
+
+    /// Judges and rewrites a burst; every packet must be forwarded.
+    pub fn run(&mut self, mut burst: Vec<Packet>) {
+        let mut cx = Context {
+            tables: &self.tables,
+            fib: &self.fib,
+            flows: &self.flows,
+            flow_worker: &mut self.flow_worker,
+            affinity: &self.affinity,
+            affinity_worker: &mut self.affinity_worker,
+            now_s: self.now_s,
+            rng: &mut self.rng,
+            answers: &mut self.answers,
+            counters: &self.counters,
+            read_only: false,
+        };
+        pipeline::run(&mut burst, &mut cx, &mut ());
+        pipeline::count(&burst, &self.counters);
+        for mut packet in burst {
+            assert!(matches!(packet.verdict, Verdict::Forward { .. }));
+            pipeline::rewrite(&mut packet, &[], &self.fib);
+            self.pool.push(packet.frame);
+        }
+        self.flows.quiescent(&mut self.flow_worker);
+        self.affinity.quiescent(&mut self.affinity_worker);
     }
 
     pub fn forwarded(&mut self, port: u8, to: u8, bytes: &[u8]) -> Vec<u8> {
