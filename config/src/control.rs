@@ -444,7 +444,7 @@ pub struct EndpointRow {
     pub protocol: String,
     /// `conditions.ready`, absent meaning true.
     pub ready: bool,
-    /// `conditions.serving`, absent meaning ready.
+    /// `conditions.serving`, absent meaning true.
     pub serving: bool,
     /// `conditions.terminating`, absent meaning false.
     pub terminating: bool,

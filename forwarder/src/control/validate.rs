@@ -12,7 +12,7 @@ use ipnet::IpNet;
 
 use super::address::host_net;
 use super::facts::{
-    AddressKind, Facts, NodeFacts, PodFacts, ServiceAddress, ServiceFacts, SliceFacts, protocol_name,
+    AddressKind, Facts, NodeFacts, PodFacts, ServiceAddress, ServiceFacts, Skip, SliceFacts, protocol_name,
 };
 use super::state::{Claim, Entry, State};
 use crate::addr::Addr;
@@ -120,8 +120,15 @@ impl Judge<'_> {
     }
 
     fn service(&mut self, service: &ServiceFacts) {
-        if service.skip.is_some() {
-            return;
+        match service.skip {
+            Some(Skip::NoClusterIp) => {
+                let fault = Fault::new(Code::Ignored, "empty: the Service is kept but not served");
+                let remedy = "apply the Service as `kubectl get -o yaml` prints it, or give it a clusterIP";
+                self.warnings.push(fault.field("spec.clusterIP").remedy(remedy));
+                return;
+            }
+            Some(_) => return,
+            None => {}
         }
         for address in &service.addresses {
             match forbidden(self.state, self.rules, address) {

@@ -3,10 +3,10 @@
 //! A UDP client never opens a connection anew, so a flow to an endpoint that is gone would last as long as the client
 //! sends. TCP flows are left alone: their clients notice.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::service::Compiled;
+use super::service::{Compiled, Destinations};
 use crate::addr::{Addr, Tuple, protocol};
 use crate::tables::FrontendKey;
 
@@ -16,7 +16,7 @@ use crate::tables::FrontendKey;
 /// policy, topology and termination do not matter: an endpoint that serves keeps its flows.
 #[derive(Clone, Debug, Default)]
 pub struct UdpCleanup {
-    serving: HashMap<FrontendKey, Arc<BTreeSet<(Addr, u16)>>>,
+    serving: HashMap<FrontendKey, Arc<Destinations>>,
 }
 
 impl UdpCleanup {

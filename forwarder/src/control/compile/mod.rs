@@ -5,7 +5,7 @@
 //!
 //! Read in this order: [`endpoints`] merges slices, [`topology`] sorts endpoints into lists, [`frontends`] decides what
 //! happens to packets, [`service`] puts the three together for one Service; then [`identities`], [`steer`], [`cleanup`]
-//! for what goes along with the tables, and [`describe`], [`dns`] for what people and name servers want to know.
+//! for what goes along with the tables, and [`rows`], [`describe`], [`dns`] for what people and name servers want to know.
 
 pub mod endpoints;
 pub mod frontends;
@@ -15,6 +15,7 @@ pub mod cleanup;
 pub mod describe;
 pub mod dns;
 pub mod identities;
+pub mod rows;
 pub mod service;
 pub mod steer;
 

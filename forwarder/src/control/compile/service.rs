@@ -18,6 +18,9 @@ use crate::control::validate::forbidden;
 use crate::table::maglev::Maglev;
 use crate::tables::{Action, Backends, Endpoint, Frontend, FrontendKey, FrontendKind, Origin, ServicePort};
 
+/// Endpoints by address and port.
+pub type Destinations = BTreeSet<(Addr, u16)>;
+
 /// What became of one Service.
 #[derive(Clone, Debug, Default)]
 pub struct Compiled {
@@ -26,7 +29,7 @@ pub struct Compiled {
     /// Lists of endpoints in use, to be used again when they have not changed.
     backends: Vec<(u64, Arc<Backends>)>,
     /// For each UDP frontend the (address, port) of every endpoint that serves, ready or not.
-    pub udp_serving: Vec<(FrontendKey, Arc<BTreeSet<(Addr, u16)>>)>,
+    pub udp_serving: Vec<(FrontendKey, Arc<Destinations>)>,
     /// Ids of its ports, by stable id.
     ids: Vec<(u64, u32)>,
 }

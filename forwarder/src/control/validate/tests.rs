@@ -1,1 +1,217 @@
+use super::*;
+use crate::control::compile::fixture::Cluster;
 
+const HEAD: &str = "[gateway]
+name = 'gw'
+cluster_cidrs = ['10.244.0.0/16']
+service_cidrs = ['10.96.0.0/16', 'fd00:96::/112']
+load_balancer_cidrs = ['203.0.113.0/24']
+external_ip_cidrs = ['192.0.2.0/25']
+[snat]
+addresses = ['192.168.0.254']";
+
+fn service(name: &str, spec: &str) -> String {
+    format!("kind: Service\nmetadata: {{name: {name}}}\nspec: {{{spec}}}\n")
+}
+
+fn balancer(name: &str, ip: &str) -> String {
+    let spec = "type: LoadBalancer, clusterIP: 10.96.0.9, ports: [{port: 80}]";
+    format!("{}status: {{loadBalancer: {{ingress: [{{ip: '{ip}'}}]}}}}\n", service(name, spec))
+}
+
+const NODE: &str = "
+kind: Node
+metadata: {name: n1}
+spec: {podCIDRs: [10.10.1.0/24]}
+status: {addresses: [{type: InternalIP, address: 203.0.113.77}]}
+";
+
+const POD: &str = "
+kind: Pod
+metadata: {name: p1}
+status: {podIPs: [{ip: 203.0.113.88}]}
+";
+
+/// Applies `first`, then expects `second` to be refused with one fault that says `words`.
+#[track_caller]
+fn refuses(first: &str, second: &str, field: &str, words: &str) {
+    let mut cluster = Cluster::new(HEAD, first);
+    let faults = cluster.try_apply(second).expect_err(words);
+    assert_eq!(faults.len(), 1, "{faults:?}");
+    let shown = faults[0].to_string();
+    assert_eq!(faults[0].field.as_deref(), Some(field), "{shown}");
+    assert!(shown.contains(words) && faults[0].object.is_some() && faults[0].remedy.is_some(), "{shown}");
+}
+
+#[test]
+fn two_services_on_one_address_and_port() {
+    let web = service("web", "clusterIP: 10.96.0.1, ports: [{port: 80}]");
+    let same = service("other", "clusterIP: 10.96.0.1, ports: [{port: 80}]");
+    refuses(&web, &same, "spec.clusterIP", "is taken by Service default/web");
+    // Another port or another protocol is another frontend.
+    let mut cluster = Cluster::new(HEAD, &web);
+    cluster.apply(&service("b", "clusterIP: 10.96.0.1, ports: [{port: 81}]"));
+    cluster.apply(&service("c", "clusterIP: 10.96.0.1, ports: [{port: 80, protocol: UDP}]"));
+    // A Service that is not served takes nothing.
+    cluster.apply(
+        "kind: Service\nmetadata: {name: d, labels: {service.kubernetes.io/headless: ''}}\nspec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}\n",
+    );
+}
+
+#[test]
+fn two_services_on_one_node_port() {
+    let spec = |ip: &str, extra: &str| {
+        format!("type: NodePort, clusterIP: {ip}, ports: [{{port: 80, nodePort: 30080{extra}}}]")
+    };
+    let web = service("web", &spec("10.96.0.1", ""));
+    refuses(
+        &web,
+        &service("b", &spec("10.96.0.2", "")),
+        "spec.ports[0].nodePort",
+        "is taken by Service default/web",
+    );
+    Cluster::new(HEAD, &web).apply(&service("b", &spec("10.96.0.2", ", protocol: UDP")));
+    let high = service("b", "type: NodePort, clusterIP: 10.96.0.2, ports: [{port: 80, nodePort: 61000}]");
+    refuses("", &high, "spec.ports[0].nodePort", "61000-65535");
+}
+
+#[test]
+fn addresses_that_a_service_may_not_have() {
+    let lb = "status.loadBalancer.ingress[0].ip";
+    refuses("", &balancer("web", "198.51.100.1"), lb, "load_balancer_cidrs");
+    refuses(NODE, &balancer("web", "203.0.113.77"), lb, "is an address of Node n1");
+    refuses(POD, &balancer("web", "203.0.113.88"), lb, "is the address of Pod default/p1");
+    refuses(NODE, &balancer("web", "10.10.1.3"), lb, "podCIDR 10.10.1.0/24 of Node n1");
+    refuses("", &balancer("web", "10.244.3.3"), lb, "cluster_cidrs");
+    refuses("", &balancer("web", "10.96.3.3"), lb, "service_cidrs");
+    refuses("", &balancer("web", "192.168.0.254"), lb, "this gateway");
+    refuses(
+        "",
+        &service("web", "clusterIP: 10.244.0.1, ports: [{port: 80}]"),
+        "spec.clusterIP",
+        "cluster_cidrs",
+    );
+    Cluster::new(HEAD, &balancer("web", "203.0.113.10"));
+}
+
+#[test]
+fn own_addresses_come_from_the_ports_too() {
+    let mut cluster = Cluster::new(HEAD, "");
+    let own = ["203.0.113.1".parse::<IpAddr>().unwrap().into()];
+    let gateway = cluster.gateway.clone();
+    let objects = crate::control::compile::fixture::objects(&balancer("web", "203.0.113.1"));
+    let apply = |object| crate::control::state::Operation::Apply { object, source: Default::default() };
+    let rules = Rules { gateway: &gateway, own: &own };
+    let refusal = cluster.state.stage(&rules, objects.into_iter().map(apply).collect(), false).unwrap_err();
+    assert!(refusal.faults[0].message.contains("this gateway"), "{}", refusal.faults[0]);
+}
+
+#[test]
+fn external_ips_are_served_only_where_the_gateway_file_says_so() {
+    let spec = |ip: &str| format!("clusterIP: 10.96.0.1, externalIPs: [{ip}], ports: [{{port: 80}}]");
+    let mut cluster = Cluster::new(HEAD, "");
+    let accepted = cluster.apply(&service("web", &spec("192.0.2.200")));
+    assert_eq!(accepted.warnings[0].field.as_deref(), Some("spec.externalIPs[0]"));
+    assert!(accepted.warnings[0].to_string().contains("external_ip_cidrs"), "{}", accepted.warnings[0]);
+    assert_eq!(cluster.apply(&service("web", &spec("192.0.2.1"))).warnings, []);
+    refuses("", &service("web", &spec("10.96.0.77")), "spec.externalIPs[0]", "service_cidrs");
+    // By default nowhere.
+    let mut cluster = Cluster::new("[gateway]\nname='gw'", "");
+    assert_eq!(cluster.apply(&service("web", &spec("192.0.2.1"))).warnings.len(), 1);
+}
+
+#[test]
+fn a_cluster_ip_outside_of_the_ranges_is_served_with_a_warning() {
+    let mut cluster = Cluster::new(HEAD, "");
+    let accepted =
+        cluster.apply(&service("web", "clusterIPs: [10.97.0.1, 'fd00:97::1'], ports: [{port: 80}]"));
+    assert_eq!(accepted.warnings.len(), 2, "{:?}", accepted.warnings);
+    assert!(accepted.warnings[0].to_string().contains("service_cidrs"));
+}
+
+#[test]
+fn a_service_without_an_address_is_kept_with_a_warning() {
+    let mut cluster = Cluster::new(HEAD, "");
+    let accepted = cluster.apply(&service("web", "ports: [{port: 80}]"));
+    assert!(accepted.warnings[0].to_string().contains("spec.clusterIP: empty"), "{}", accepted.warnings[0]);
+}
+
+#[test]
+fn an_endpoint_that_is_a_service() {
+    let slice = |ip: &str| {
+        format!(
+            "kind: EndpointSlice\nmetadata: {{name: s, labels: {{kubernetes.io/service-name: web}}}}\naddressType: IPv4\nendpoints: [{{addresses: [{ip}]}}]\n"
+        )
+    };
+    let web = service("web", "clusterIP: 10.96.0.1, ports: [{port: 80}]");
+    refuses(
+        &web,
+        &slice("10.96.0.1"),
+        "endpoints[0].addresses[0]",
+        "Service default/web: packets would come back",
+    );
+    refuses("", &slice("192.168.0.254"), "endpoints[0].addresses[0]", "this gateway");
+    // The Service that comes second is at fault.
+    refuses(&slice("10.96.0.1"), &web, "spec.clusterIP", "endpoint in EndpointSlice default/s");
+}
+
+#[test]
+fn overlapping_pod_cidrs() {
+    let node = |name: &str, cidrs: &str| {
+        format!("kind: Node\nmetadata: {{name: {name}}}\nspec: {{podCIDRs: [{cidrs}]}}\n")
+    };
+    for (first, second) in
+        [("10.10.0.0/16", "10.10.3.0/24"), ("10.10.3.0/24", "10.10.0.0/16"), ("10.10.0.0/24", "10.10.0.0/24")]
+    {
+        refuses(
+            &node("a", first),
+            &node("b", second),
+            "spec.podCIDRs[0]",
+            &format!("overlaps the podCIDR {first} of Node a"),
+        );
+    }
+    refuses("", &node("a", "10.10.0.0/16, 10.10.1.0/24"), "spec.podCIDRs[1]", "of the same Node");
+    refuses("", &node("a", "10.96.1.0/24"), "spec.podCIDRs[0]", "service_cidrs");
+    refuses("", &node("a", "203.0.112.0/20"), "spec.podCIDRs[0]", "load_balancer_cidrs");
+    Cluster::new(HEAD, &node("a", "10.10.0.0/24, 'fd00:1::/64'"))
+        .apply(&node("b", "10.10.1.0/24, 'fd00:2::/64'"));
+}
+
+#[test]
+fn two_pods_on_one_address() {
+    let pod = |name: &str, rest: &str| format!("kind: Pod\nmetadata: {{name: {name}}}\n{rest}\n");
+    let status = "status: {podIPs: [{ip: 10.244.0.5}]}";
+    refuses(
+        &pod("a", status),
+        &pod("b", status),
+        "status.podIPs[0].ip",
+        "is the address of Pod default/a too",
+    );
+    // Pods on the network of their host share its address; pods that have ended have none.
+    let mut cluster = Cluster::new(HEAD, &pod("a", status));
+    cluster.apply(&pod("b", &format!("spec: {{hostNetwork: true}}\n{status}")));
+    cluster.apply(&pod("c", "status: {phase: Succeeded, podIPs: [{ip: 10.244.0.5}]}"));
+}
+
+#[test]
+fn nodes_and_pods_that_have_an_address_of_a_service() {
+    let web = balancer("web", "203.0.113.10");
+    refuses(
+        &web,
+        &NODE.replace("203.0.113.77", "203.0.113.10"),
+        "status.addresses",
+        "is an address of Service default/web",
+    );
+    refuses(
+        &web,
+        &POD.replace("203.0.113.88", "10.96.0.9"),
+        "status.podIPs[0].ip",
+        "is an address of Service default/web",
+    );
+    refuses(
+        NODE,
+        &NODE.replace("n1", "n2").replace("10.10.1", "10.10.2"),
+        "status.addresses",
+        "is an address of Node n1 too",
+    );
+}
