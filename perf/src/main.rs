@@ -1,2 +1,47 @@
-//! placeholder
-fn main() {}
+//! towpath-perf: sends numbered, time-stamped UDP packets at a constant rate into a gateway, receives what comes out, and
+//! tells loss, duplicates, reordering, wrong endpoints and latency apart.
+//!
+//! Open loop: a packet is stamped with the time at which it *should* leave, and packets that could not leave in time are
+//! sent late, not left out. So a gateway that stalls for a moment shows in the latency of every packet due meanwhile.
+#![deny(unsafe_code)]
+
+mod clock;
+mod flow;
+mod generator;
+mod place;
+mod range;
+mod report;
+mod run;
+mod search;
+mod sink;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Measures a gateway with UDP packets over AF_XDP.
+#[derive(Parser)]
+#[command(name = "towpath-perf", version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Sends at one rate, and reports. Exit code 2 if packets came damaged, twice or from a wrong endpoint.
+    Run(run::RunArguments),
+    /// Finds the highest rate without loss (NDR) and with at most 0.5 % loss (PDR) by bisection.
+    Search(search::SearchArguments),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Run(arguments) => run::run(&arguments),
+        Command::Search(arguments) => search::search(&arguments),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("towpath-perf: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,183 @@
+//! The result as one line, as a page, and as JSON.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::generator::Sent;
+use crate::sink::Received;
+
+/// Percentiles of the latency, in microseconds.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Latency {
+    /// Least.
+    pub min_us: f64,
+    /// Median.
+    pub p50_us: f64,
+    /// 90 of 100 are faster.
+    pub p90_us: f64,
+    /// 99 of 100.
+    pub p99_us: f64,
+    /// 999 of 1,000.
+    pub p999_us: f64,
+    /// 9,999 of 10,000.
+    pub p9999_us: f64,
+    /// Most.
+    pub max_us: f64,
+}
+
+/// What one run has shown.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Name of the scenario, free text.
+    pub scenario: String,
+    /// Packets a second that were to be sent.
+    pub rate_asked: f64,
+    /// Packets a second that were sent.
+    pub rate_sent: f64,
+    /// Packets a second that arrived.
+    pub rate_received: f64,
+    /// Bytes a frame, from the Ethernet header on.
+    pub frame_len_bytes: usize,
+    /// Flows begun.
+    pub flows: u64,
+    /// Seconds of sending.
+    pub time_s: f64,
+    /// Packets sent.
+    pub sent: u64,
+    /// Different packets received.
+    pub received: u64,
+    /// Packets that did not arrive.
+    pub lost: u64,
+    /// Of these, packets that the kernel dropped since this sink was too slow (at most `lost`).
+    pub lost_at_sink: u64,
+    /// See [`Received`].
+    pub duplicates: u64,
+    /// See [`Received`].
+    pub reordered: u64,
+    /// See [`Received`].
+    pub wrong_endpoint: u64,
+    /// See [`Received`].
+    pub damaged: u64,
+    /// See [`Received`].
+    pub foreign: u64,
+    /// The longest time by which the generator was behind its schedule.
+    pub late_max_us: f64,
+    /// Busy time of all CPUs of this machine during the run, generator and sink included.
+    pub busy_cpu_s: f64,
+    /// Latency; all 0 if nothing arrived.
+    pub latency: Latency,
+    /// CPU, and how many there are.
+    pub machine: String,
+    /// Kernel release.
+    pub kernel: String,
+}
+
+impl Report {
+    /// Puts generator's and sink's counts together.
+    pub fn new(
+        scenario: &str,
+        rate: f64,
+        frame_len: usize,
+        sent: &Sent,
+        received: &Received,
+        busy_cpu_s: f64,
+    ) -> Report {
+        let time_s = (sent.to_ns.saturating_sub(sent.from_ns) as f64 / 1e9).max(1e-9);
+        let percentile = |q: f64| received.latency_ns.value_at_quantile(q) as f64 / 1e3;
+        let lost = sent.packets.saturating_sub(received.packets);
+        Report {
+            scenario: scenario.into(),
+            rate_asked: rate,
+            rate_sent: sent.packets as f64 / time_s,
+            rate_received: received.packets as f64 / time_s,
+            frame_len_bytes: frame_len,
+            flows: sent.flows,
+            time_s,
+            sent: sent.packets,
+            received: received.packets,
+            lost,
+            lost_at_sink: received.sink_dropped.min(lost),
+            duplicates: received.duplicates,
+            reordered: received.reordered,
+            wrong_endpoint: received.wrong_endpoint,
+            damaged: received.damaged,
+            foreign: received.foreign,
+            late_max_us: sent.late_max_ns as f64 / 1e3,
+            busy_cpu_s,
+            latency: Latency {
+                min_us: received.latency_ns.min() as f64 / 1e3,
+                p50_us: percentile(0.5),
+                p90_us: percentile(0.9),
+                p99_us: percentile(0.99),
+                p999_us: percentile(0.999),
+                p9999_us: percentile(0.9999),
+                max_us: received.latency_ns.max() as f64 / 1e3,
+            },
+            machine: format!(
+                "{} x {}",
+                std::thread::available_parallelism().map_or(1, usize::from),
+                crate::place::cpu_model()
+            ),
+            kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+        }
+    }
+
+    /// Share of packets that did not arrive, 0 to 1.
+    pub fn loss(&self) -> f64 {
+        self.lost as f64 / self.sent.max(1) as f64
+    }
+
+    /// True if no packet came damaged, twice or at a wrong endpoint. Loss is not a mistake.
+    pub fn is_correct(&self) -> bool {
+        self.duplicates == 0 && self.wrong_endpoint == 0 && self.damaged == 0
+    }
+
+    /// The scenario in one line.
+    pub fn line(&self) -> String {
+        format!(
+            "{}: {:.3} Mpps of {:.3}, loss {:.4} %, latency p50 {:.1} us, p99 {:.1} us, {:.0} packets per busy CPU-second, {} ({})",
+            self.scenario,
+            self.rate_received / 1e6,
+            self.rate_asked / 1e6,
+            self.loss() * 100.0,
+            self.latency.p50_us,
+            self.latency.p99_us,
+            self.received as f64 / self.busy_cpu_s.max(1e-9),
+            self.machine,
+            self.kernel,
+        )
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.line())?;
+        writeln!(
+            f,
+            "  sent            {:>12}   {:.0} packets/s, at most {:.0} us late",
+            self.sent, self.rate_sent, self.late_max_us
+        )?;
+        writeln!(
+            f,
+            "  received        {:>12}   {:.0} packets/s, {} flows",
+            self.received, self.rate_received, self.flows
+        )?;
+        writeln!(f, "  lost            {:>12}   {} of them at this sink", self.lost, self.lost_at_sink)?;
+        for (name, count) in [
+            ("duplicates", self.duplicates),
+            ("reordered", self.reordered),
+            ("wrong endpoint", self.wrong_endpoint),
+            ("damaged", self.damaged),
+            ("foreign", self.foreign),
+        ] {
+            writeln!(f, "  {name:<15} {count:>12}")?;
+        }
+        let l = &self.latency;
+        write!(
+            f,
+            "  latency us      min {:.1}  p50 {:.1}  p90 {:.1}  p99 {:.1}  p99.9 {:.1}  p99.99 {:.1}  max {:.1}",
+            l.min_us, l.p50_us, l.p90_us, l.p99_us, l.p999_us, l.p9999_us, l.max_us
+        )
+    }
+}
