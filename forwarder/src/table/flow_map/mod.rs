@@ -288,7 +288,6 @@ impl FlowMap {
     /// If the region is of another layout version or capacity or its header is damaged, it is started without flows and
     /// [`Recovery::empty`] says why. The caller sees to it that only one process has the region open. Cost: a pass over state words and
     /// slots, about 10 ms a million records.
-    #[cfg(not(loom))]
     pub fn open(file: &std::fs::File, config: FlowMapConfig) -> Result<(FlowMap, Recovery), FlowMapError> {
         let sizes = check(&config)?;
         let (region, key, empty) = Region::open(file, sizes)?;
@@ -301,7 +300,6 @@ impl FlowMap {
     ///
     /// # Panics
     /// If the configuration makes no sense or there is no memory.
-    #[cfg(not(loom))]
     pub fn anonymous(config: FlowMapConfig) -> FlowMap {
         let sizes = check(&config).unwrap_or_else(|error| panic!("{error}"));
         let (region, key) = Region::anonymous(sizes).unwrap_or_else(|error| panic!("{error}"));

@@ -1,6 +1,7 @@
 //! The region while loom checks a model: a few records on the heap, nothing mapped.
 
 use super::layout::{Bucket, Extension, Record};
+use super::{EmptyReason, FlowMapError};
 
 /// How many of everything.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -27,12 +28,22 @@ pub(super) struct Region {
 }
 
 impl Region {
-    pub fn modelled(sizes: Sizes) -> Region {
-        Region {
+    /// Nothing outlives a model.
+    pub fn open(
+        _file: &std::fs::File,
+        sizes: Sizes,
+    ) -> Result<(Region, [u64; 2], Option<EmptyReason>), FlowMapError> {
+        Region::anonymous(sizes).map(|(region, key)| (region, key, Some(EmptyReason::New)))
+    }
+
+    /// The key is the same in every run of a model, which must be repeatable.
+    pub fn anonymous(sizes: Sizes) -> Result<(Region, [u64; 2]), FlowMapError> {
+        let region = Region {
             buckets: (0..sizes.buckets).map(|_| Bucket::default()).collect(),
             records: (0..sizes.records).map(|_| Record::default()).collect(),
             extensions: (0..sizes.records).map(|_| Extension::default()).collect(),
-        }
+        };
+        Ok((region, [0x9e37_79b9_7f4a_7c15, 0xbf58_476d_1ce4_e5b9]))
     }
 
     pub fn buckets(&self) -> &[Bucket] {
