@@ -32,7 +32,7 @@ fn assert_whole(flow: &FlowSnapshot) {
 fn flow(i: u32) -> NewFlow {
     signed(
         client(i),
-        Some(Tuple { src: Addr::v4(0x0af4_0000 | i % 5), src_port: 8080, ..client(i).reversed() }),
+        Some(Tuple { src: Addr::v4(0x0af4_0000 | (i % 5)), src_port: 8080, ..client(i).reversed() }),
         3,
     )
 }
