@@ -116,7 +116,8 @@ impl Case {
                 let line = line.trim_start();
                 if !line.starts_with('|') {
                     let bytes = unhex(line).with_context(|| format!("{}: not hex", at()))?;
-                    let step = case.steps.last_mut().with_context(|| format!("{}: bytes before `in`", at()))?;
+                    let step =
+                        case.steps.last_mut().with_context(|| format!("{}: bytes before `in`", at()))?;
                     step.expected.last_mut().map_or(&mut step.frame, |out| &mut out.frame).extend(bytes);
                 }
                 continue;

@@ -226,7 +226,12 @@ fn transport(
         17 if body.len() >= 8 => {
             let zero = u16_at(body, 6) == 0;
             let sum = if zero { "checksum none".to_owned() } else { sum(6, &parts) };
-            lines.push(format!("udp {} > {} length {} {sum}", u16_at(body, 0), u16_at(body, 2), u16_at(body, 4)));
+            lines.push(format!(
+                "udp {} > {} length {} {sum}",
+                u16_at(body, 0),
+                u16_at(body, 2),
+                u16_at(body, 4)
+            ));
             if !lenient {
                 payload(&body[8..], lines);
             }
@@ -284,7 +289,8 @@ mod tests {
     use super::*;
 
     /// An IPv4 UDP datagram, checksums right, from RFC 1071 arithmetic done by hand.
-    const DATAGRAM: &str = "020000000001 020000000002 0800 4500001e000100004011 66cb 0a010002 0a000001 07d00035000a 0000 6869";
+    const DATAGRAM: &str =
+        "020000000001 020000000002 0800 4500001e000100004011 66cb 0a010002 0a000001 07d00035000a 0000 6869";
 
     #[test]
     fn a_datagram_reads_as_three_lines_and_its_payload() {

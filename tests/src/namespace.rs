@@ -141,7 +141,10 @@ pub fn run(program: &str, args: &[&str]) -> Result<String> {
 fn remove_stale() {
     let Ok(entries) = std::fs::read_dir("/run/netns") else { return };
     for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
-        let pid = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_prefix('-')).and_then(|r| r.split('-').next());
+        let pid = name
+            .strip_prefix(PREFIX)
+            .and_then(|rest| rest.strip_prefix('-'))
+            .and_then(|r| r.split('-').next());
         if pid.is_some_and(|pid| pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists()) {
             // Another test may be removing the same one: that it is gone is all that counts.
             let _ = run("ip", &["netns", "del", &name]);

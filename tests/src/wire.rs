@@ -17,9 +17,8 @@ pub struct Wire {
 impl Wire {
     /// Opens the interface inside `namespace`. Needs CAP_NET_RAW.
     pub fn open(namespace: &Namespace, interface: &str) -> Result<Wire> {
-        let socket = namespace.inside(|| {
-            packet_socket(interface).with_context(|| format!("packet socket on {interface}"))
-        })?;
+        let socket = namespace
+            .inside(|| packet_socket(interface).with_context(|| format!("packet socket on {interface}")))?;
         Ok(Wire { socket })
     }
 
@@ -41,10 +40,12 @@ impl Wire {
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(error) => return Err(error).context("frame not received"),
             }
-            let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else {
+            let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
+            else {
                 return Ok(None);
             };
-            let timeout = rustix::time::Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            let timeout =
+                rustix::time::Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
             let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
             match poll(&mut fds, Some(&timeout)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}

@@ -70,7 +70,13 @@ pub(super) fn read(document: &Document<'_>) -> Result<Located, (u32, String)> {
         max_depth: 40,
         max_recorded_anchor_events: 20_000,
     };
-    let options = serde_saphyr::options! { budget: budget, with_snippet: false, emit_comments: false };
+    // Booleans are those of YAML 1.2: a Node named `n` is no `false`, and a field that takes a boolean refuses `yes` aloud.
+    let options = serde_saphyr::options! {
+        budget: budget,
+        with_snippet: false,
+        emit_comments: false,
+        strict_booleans: true,
+    };
     match serde_saphyr::from_str_with_options::<Spanned<Node>>(document.text, options) {
         Ok(root) => Ok(Located::of(root, document.first_line - 1)),
         Err(error) => {
