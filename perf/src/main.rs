@@ -5,6 +5,7 @@
 //! sent late, not left out. So a gateway that stalls for a moment shows in the latency of every packet due meanwhile.
 #![deny(unsafe_code)]
 
+mod bypass;
 mod clock;
 mod flow;
 mod generator;
@@ -31,6 +32,8 @@ struct Arguments {
 enum Command {
     /// Sends at one rate, and reports. Exit code 2 if packets came damaged, twice or from a wrong endpoint.
     Run(run::RunArguments),
+    /// Forwards between two interfaces by Towpath's rings and nothing else: what the least possible forwarder would carry.
+    Bypass(bypass::BypassArguments),
     /// Finds the highest rate without loss (NDR) and with at most 0.5 % loss (PDR) by bisection.
     Search(search::SearchArguments),
 }
@@ -38,6 +41,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Run(arguments) => run::run(&arguments),
+        Command::Bypass(arguments) => bypass::bypass(&arguments),
         Command::Search(arguments) => search::search(&arguments),
     };
     result.unwrap_or_else(|error| {

@@ -71,6 +71,8 @@ pub struct Report {
     pub machine: String,
     /// Kernel release.
     pub kernel: String,
+    /// Commit of what was measured, from the environment variable `TOWPATH_COMMIT`.
+    pub commit: String,
 }
 
 impl Report {
@@ -120,6 +122,7 @@ impl Report {
                 crate::place::cpu_model()
             ),
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+            commit: std::env::var("TOWPATH_COMMIT").unwrap_or_else(|_| "unknown".into()),
         }
     }
 
@@ -136,7 +139,7 @@ impl Report {
     /// The scenario in one line.
     pub fn line(&self) -> String {
         format!(
-            "{}: {:.3} Mpps of {:.3}, loss {:.4} %, latency p50 {:.1} us, p99 {:.1} us, {:.0} packets per busy CPU-second, {} ({})",
+            "{}: {:.3} Mpps of {:.3}, loss {:.4} %, latency p50 {:.1} us, p99 {:.1} us, {:.0} packets per busy CPU-second, {} lost at the sink, {}, Linux {}, commit {}",
             self.scenario,
             self.rate_received / 1e6,
             self.rate_asked / 1e6,
@@ -144,8 +147,10 @@ impl Report {
             self.latency.p50_us,
             self.latency.p99_us,
             self.received as f64 / self.busy_cpu_s.max(1e-9),
+            self.lost_at_sink,
             self.machine,
             self.kernel,
+            self.commit,
         )
     }
 }

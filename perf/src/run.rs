@@ -102,7 +102,8 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
     Ok(if report.is_correct() { ExitCode::SUCCESS } else { ExitCode::from(2) })
 }
 
-fn pin(cpu: Option<usize>) -> anyhow::Result<()> {
+/// Keeps this thread on a CPU.
+pub fn pin(cpu: Option<usize>) -> anyhow::Result<()> {
     match cpu {
         Some(id) if !core_affinity::set_for_current(core_affinity::CoreId { id }) => {
             bail!("CPU {id} does not exist or may not be used")

@@ -133,6 +133,9 @@ impl Queue {
         }
         self.rx.release();
         pool.unreleased -= n;
+        if pool.unreleased == 0 {
+            self.umem.0.restart_journal();
+        }
     }
 
     /// Puts packets from the front of `burst` on the TX ring, as many as fit whole; the rest stays in `burst`.

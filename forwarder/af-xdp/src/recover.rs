@@ -12,6 +12,11 @@
 //!
 //! Each step can be repeated from the start: a death during recovery is recovered from in the same way. The test below
 //! dies before every single store, of the work and of the recovery.
+//!
+//! That the kernel plays along is shown by `tests/kill.rs`, over real rings on veth (Linux 6.18): bound sockets stay in
+//! working order while nobody has their rings mapped, packets gather in the RX ring meanwhile (4,096 entries are 40 ms at
+//! 100,000 packets a second; a new process needs about 5 ms), and a forwarder that was killed 15 times in two seconds
+//! under 40,000 packets a second lost and doubled none.
 
 use crate::frame::FramePool;
 use crate::ledger::Owner;

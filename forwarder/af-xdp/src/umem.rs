@@ -1,7 +1,7 @@
 //! The memory that packets lie in, its ledger and its journal, in one sealed memfd.
 //!
 //! ```text
-//! | chunk 0 | chunk 1 | ... | ledger: one u64 a chunk | journal: 256 slots of 128 bytes | ... | trailer, 64 bytes |
+//! | chunk 0 | chunk 1 | ... | ledger: one u64 a chunk | journal: 1,024 slots of 128 bytes | ... | trailer, 64 bytes |
 //! ```
 //!
 //! The kernel sees the chunks only. Size and form are in the trailer, at the very end, so that a process that inherits
@@ -24,7 +24,7 @@ use crate::ledger::{Owner, Word};
 const TRAILER_LEN: usize = 64;
 const MAGIC: u64 = u64::from_le_bytes(*b"towpumem");
 const LAYOUT: u32 = 1;
-const JOURNAL_SLOTS: usize = 256;
+const JOURNAL_SLOTS: usize = 1024;
 const CHUNKS_MAX: u32 = 1 << 22;
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
@@ -212,6 +212,13 @@ impl Region {
             (&raw mut (*entry).chunk).write_volatile(chunk);
         }
         self.set(chunk, Owner::Rewriting { slot: Some(slot as u16) });
+    }
+
+    /// Starts the journal over, so that its first slots stay in the cache. Call it when no received frame is left that would
+    /// come again.
+    #[inline]
+    pub(crate) fn restart_journal(&self) {
+        self.journal_next.store(0, Ordering::Relaxed);
     }
 
     /// Puts the first bytes of a chunk back as they were received. False if the journal has lost them.
