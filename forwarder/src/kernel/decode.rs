@@ -208,3 +208,136 @@ fn text(payload: &[u8]) -> String {
     let end = payload.iter().position(|b| *b == 0).unwrap_or(payload.len());
     String::from_utf8_lossy(&payload[..end]).into_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Bodies as Linux 6.18 sent them, little-endian.
+    const LINK: &str = "00000100030000004310010000000000070003006730000008000d00e80300000500100006000000\
+        08000400dc0500000a000100020000000001000008003d0000000000";
+    const ADDRESS_V4: &str = "021880000300000008000100c000020108000200c000020107000300673000000800080080000000\
+        14000600ffffffffffffffff6609070066090700";
+    const ADDRESS_V6: &str = "0a4082000300000014000100fd00000000000000000000000000000114000600ffffffffffffffff\
+        68090700680907000800080082000000";
+    const MULTIPATH: &str = "02180000fe0300010000000008000f00fe00000008000100cb00710008000600070000000c000800\
+        080002000005000024000900100000000300000008000500c0000202100000000300000008000500c0000203";
+    const VIA_INET6: &str = "020f0000fe0300010000000008000f00fe00000008000100c6120000160012000a00fd0000000000\
+        0000000000000000000900000800040003000000";
+    const BLACKHOLE: &str = "02180000fe0300060000000008000f00fe00000008000100c6336400";
+    const GATEWAY_V6: &str = "0a200000fe0300010000000008000f00fe0000001400010020010db8000000000000000000000000\
+        080006000004000014000500fd000000000000000000000000000002080004000300000024000c000000000000000000\
+        0000000000000000000000000000000000000000000000000500140000000000";
+    const MANAGED: &str = "02000000030000000100000108000100c0000208080004000400000014000300ce1700005e0000005e00\
+        00000100000008000f0001000000";
+    const PERMANENT: &str = "02000000030000008000000108000100c00002090a000200020000000009000008000400000000001400\
+        03005f0000005f0000005f00000000000000";
+    const RULE_MAIN: &str =
+        "02000000fe0000010000000008000f00fe00000008000e00ffffffff050015000200000008000600fe7f0000";
+
+    fn bytes(hex: &str) -> Vec<u8> {
+        (0..hex.len()).step_by(2).map(|i| u8::from_str_radix(&hex[i..i + 2], 16).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_link() {
+        let expected =
+            Link { index: 3, name: "g0".into(), mac: Some([2, 0, 0, 0, 0, 1]), mtu: 1500, up: true };
+        assert_eq!(link(&bytes(LINK)), Some(expected));
+        let mut bridge_port = bytes(LINK);
+        bridge_port[0] = 7;
+        assert_eq!(link(&bridge_port), None);
+        let mut no_carrier = bytes(LINK);
+        no_carrier[10] &= !1;
+        assert!(!link(&no_carrier).unwrap().up);
+    }
+
+    #[test]
+    fn addresses_of_both_families() {
+        let found = address(&bytes(ADDRESS_V4)).unwrap();
+        assert_eq!((found.link, found.addr.to_string().as_str(), found.prefix_len), (3, "192.0.2.1", 24));
+        assert!(found.global && found.usable && !found.secondary);
+        let mut tentative = bytes(ADDRESS_V6);
+        assert_eq!(address(&tentative).unwrap().addr.to_string(), "fd00::1");
+        let flags = tentative.len() - 4;
+        tentative[flags] |= 0x40;
+        assert!(!address(&tentative).unwrap().usable);
+    }
+
+    #[test]
+    fn routes_of_every_form() {
+        let found = route(&bytes(MULTIPATH)).unwrap();
+        assert_eq!(
+            (found.net.to_string().as_str(), found.metric, found.mtu),
+            ("203.0.113.0/24", 7, Some(1280))
+        );
+        let gateways: Vec<_> =
+            found.hops.iter().map(|hop| (hop.link, hop.gateway.unwrap().to_string())).collect();
+        assert_eq!(gateways, [(3, "192.0.2.2".into()), (3, "192.0.2.3".into())]);
+
+        let found = route(&bytes(VIA_INET6)).unwrap();
+        assert_eq!(found.net.to_string(), "198.18.0.0/15");
+        assert_eq!(found.hops[0].gateway.unwrap().to_string(), "fd00::9");
+
+        let found = route(&bytes(BLACKHOLE)).unwrap();
+        assert_eq!((found.kind, found.table), (RouteKind::Blackhole, Table::Main));
+
+        let found = route(&bytes(GATEWAY_V6)).unwrap();
+        assert_eq!((found.net.to_string().as_str(), found.metric), ("2001:db8::/32", 1024));
+        assert_eq!(found.hops.len(), 1);
+    }
+
+    #[test]
+    fn routes_that_are_not_looked_up_here_are_none() {
+        for (offset, value) in [(3, 0x10), (2, 24), (9, 2), (0, 128)] {
+            let mut other = bytes(BLACKHOLE);
+            other[offset] = value;
+            assert_eq!(route(&other), None, "byte {offset}");
+        }
+        let mut other_table = bytes(BLACKHOLE);
+        other_table[16] = 100; // RTA_TABLE
+        assert_eq!(route(&other_table), None);
+    }
+
+    #[test]
+    fn neighbors_with_their_flags() {
+        let (key, found) = neighbor(&bytes(MANAGED)).unwrap();
+        assert_eq!(key, (3, "192.0.2.8".parse::<IpAddr>().unwrap().into()));
+        assert!(found.managed && found.valid_mac().is_none());
+        let (_, found) = neighbor(&bytes(PERMANENT)).unwrap();
+        assert!(!found.managed && found.is_fixed());
+        assert_eq!(found.valid_mac(), Some([2, 0, 0, 0, 0, 9]));
+        let mut proxy = bytes(PERMANENT);
+        proxy[10] = 8;
+        assert_eq!(neighbor(&proxy), None);
+    }
+
+    #[test]
+    fn the_table_of_a_rule() {
+        assert_eq!(rule_table(&bytes(RULE_MAIN)), Some(254));
+        let mut goto = bytes(RULE_MAIN);
+        goto[7] = 2;
+        assert_eq!(rule_table(&goto), Some(0));
+    }
+
+    #[test]
+    fn no_truncation_and_no_flipped_byte_panics() {
+        let bodies = [
+            LINK, ADDRESS_V4, ADDRESS_V6, MULTIPATH, VIA_INET6, BLACKHOLE, GATEWAY_V6, MANAGED, PERMANENT,
+            RULE_MAIN,
+        ];
+        let all = |bytes: &[u8]| {
+            (link(bytes), address(bytes), route(bytes), neighbor(bytes), rule_table(bytes));
+        };
+        for body in bodies.map(bytes) {
+            (0..body.len()).for_each(|len| all(&body[..len]));
+            for (at, value) in
+                (0..body.len()).flat_map(|at| [0, 1, 3, 5, 0x7f, 0xff].map(|value| (at, value)))
+            {
+                let mut flipped = body.clone();
+                flipped[at] = value;
+                all(&flipped);
+            }
+        }
+    }
+}

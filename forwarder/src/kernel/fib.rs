@@ -1,8 +1,10 @@
 //! A kernel snapshot to the forwarding table. Pure: no socket, no clock.
 //!
-//! What the kernel does by asking the tables local, main and default one after the other, one longest-prefix match does here:
-//! a prefix of a later table that an earlier one covers is left out, for it is never reached
-//! (`ip-rule(8)`; `net/ipv4/fib_rules.c`). Policy rules beyond those three are not followed.
+//! What the kernel does by asking several tables one after the other, one longest-prefix match does here: a prefix of a later
+//! table that an earlier one covers is left out, for it is never reached. IPv6 asks local, then main
+//! (`fib6_rule_lookup`). IPv4 asks local and main as one, then default (`fib_lookup`; the kernel
+//! keeps the two merged), until the first policy rule is added: then one after the other. Policy rules themselves are not
+//! followed.
 //!
 //! - **Multipath**: the first hop that is up and whose neighbor does not fail carries everything, so that the choice is stable.
 //! - **Pod routes**, made of Node objects, rank below kernel routes of equal length: an explicit route of an operator or a routing
@@ -123,7 +125,8 @@ impl Builder<'_> {
             tables.entry(Table::Local).or_default().insert(address.addr.into(), Target::Local);
         }
         let mut metrics: HashMap<(Table, IpNet), u32> = HashMap::new();
-        for route in self.snapshot.routes.iter().filter(|r| !is_v4_mapped(&r.net)) {
+        let asked = |r: &KernelRoute| r.table != Table::Default || r.net.addr().is_ipv4();
+        for route in self.snapshot.routes.iter().filter(|r| asked(r) && !is_v4_mapped(&r.net)) {
             let Some(target) = self.target(route) else { continue };
             let best = metrics.entry((route.table, route.net)).or_insert(u32::MAX);
             let table = tables.entry(route.table).or_default();
@@ -134,8 +137,11 @@ impl Builder<'_> {
             }
         }
         let mut seen = Prefixes::default();
-        for (_, table) in tables {
-            let reached: Vec<_> = table.entries.into_iter().filter(|(net, _)| !seen.covers(net)).collect();
+        for (number, table) in tables {
+            let merged =
+                |net: &IpNet| number == Table::Main && net.addr().is_ipv4() && !self.snapshot.ipv4_has_policy;
+            let hidden = |net: &IpNet| if merged(net) { seen.contains(net) } else { seen.covers(net) };
+            let reached: Vec<_> = table.entries.into_iter().filter(|(net, _)| !hidden(net)).collect();
             for (net, target) in reached {
                 seen.insert(net, target);
             }
@@ -359,6 +365,7 @@ mod tests {
         routes: Vec<KernelRoute>,
         neighbors: BTreeMap<(u32, Addr), Neighbor>,
         wanted: Wanted,
+        policy: bool,
     }
 
     impl World {
@@ -393,6 +400,7 @@ mod tests {
                 ],
                 neighbors: BTreeMap::new(),
                 wanted: Wanted::default(),
+                policy: false,
             }
         }
 
@@ -413,6 +421,7 @@ mod tests {
                 routes: Arc::new(self.routes.clone()),
                 neighbors: self.neighbors.clone(),
                 foreign_rules: 0,
+                ipv4_has_policy: self.policy,
             };
             build(&snapshot, &self.wanted, &["g0".into(), "g1".into()])
         }
@@ -475,16 +484,23 @@ mod tests {
     }
 
     #[test]
-    fn local_table_hides_longer_prefixes_of_main_and_main_hides_default() {
+    fn an_earlier_table_hides_longer_prefixes_of_a_later_one() {
         let mut world = World::new();
         world.routes.push(route(Table::Local, "100.64.0.0/10", RouteKind::Local, via(1, "")));
         world.routes.push(unicast("100.64.1.0/24", 3, "10.0.0.2"));
         world.routes.push(route(Table::Default, "10.0.0.128/25", RouteKind::Blackhole, via(0, "")));
+        world.routes.push(route(Table::Local, "fd64::/16", RouteKind::Local, via(1, "")));
+        world.routes.push(unicast("fd64:1::/32", 3, "fd00::2"));
         world.routes.push(route(Table::Default, "fd99::/16", RouteKind::Blackhole, via(0, "")));
         let forwarding = world.build();
-        assert_eq!(lookup(&forwarding, "100.64.1.1"), Some(Route::Local));
+        // IPv4 has local and main merged, as long as there are no policy rules.
+        assert_eq!(next_hop(&forwarding, "100.64.1.1").gateway, ip("10.0.0.2").into());
+        assert_eq!(lookup(&forwarding, "100.64.2.1"), Some(Route::Local));
         assert_eq!(lookup(&forwarding, "10.0.0.200"), Some(Route::OnLink { port: 1 }));
-        assert_eq!(lookup(&forwarding, "fd99::1"), Some(Route::Blackhole));
+        assert_eq!(lookup(&forwarding, "fd64:1::1"), Some(Route::Local));
+        assert_eq!(lookup(&forwarding, "fd99::1"), None); // IPv6 never asks that table
+        world.policy = true;
+        assert_eq!(lookup(&world.build(), "100.64.1.1"), Some(Route::Local));
     }
 
     #[test]

@@ -158,6 +158,7 @@ impl Mirror {
             routes: Arc::default(),
             epoch: 0,
             stale: Stale::EVERYTHING,
+            lost: false,
         };
         follower.refresh()?;
         follower.build();
@@ -247,6 +248,8 @@ struct Follower<P, F> {
     routes: Arc<Lpm<Route>>,
     epoch: u32,
     stale: Stale,
+    /// Notifications were lost, and the queue has not been emptied since.
+    lost: bool,
 }
 
 impl<P: Privileged, F: FnMut(Fib)> Follower<P, F> {
@@ -256,7 +259,11 @@ impl<P: Privileged, F: FnMut(Fib)> Follower<P, F> {
         let mut resync_at = build_at + RESYNC_EVERY;
         while !self.shared.stop.load(Ordering::Acquire) {
             let next = keep_at.min(resync_at);
-            self.sleep(if self.stale.is_table() { build_at.min(next) } else { next });
+            self.sleep(match () {
+                _ if self.lost => Instant::now(),
+                _ if self.stale.is_table() => build_at.min(next),
+                _ => next,
+            });
             self.take_inputs();
             self.take_events();
             let now = Instant::now();
@@ -332,17 +339,29 @@ impl<P: Privileged, F: FnMut(Fib)> Follower<P, F> {
         (reached || self.forwarding.needed.contains(&(link, addr))).then_some(link)
     }
 
+    /// Takes in notifications. When some were lost, the others of that burst are older than the dump that follows, and nothing
+    /// would correct them any more: they are thrown away, down to the empty queue that ends the loss
+    /// (`netlink_overrun` in net/netlink/af_netlink.c).
     fn take_events(&mut self) {
         for _ in 0..DATAGRAMS_PER_ROUND {
-            let (state, stale) = (&mut self.state, &mut self.stale);
-            match self.events.receive(|message| notice(state, stale, message)) {
+            let (state, stale, lost) = (&mut self.state, &mut self.stale, self.lost);
+            let received = self.events.receive(|message| {
+                if !lost {
+                    notice(state, stale, message);
+                }
+            });
+            match received {
                 Ok(true) => {}
-                Ok(false) => return,
+                Ok(false) => {
+                    if std::mem::take(&mut self.lost) {
+                        self.stale = Stale::EVERYTHING;
+                    }
+                    return;
+                }
                 Err(error) => {
                     debug!("notifications were lost, reading everything anew: {error}");
                     self.shared.overruns.fetch_add(1, Ordering::Relaxed);
-                    self.stale = Stale::EVERYTHING;
-                    return;
+                    self.lost = true;
                 }
             }
         }
@@ -371,12 +390,14 @@ impl<P: Privileged, F: FnMut(Fib)> Follower<P, F> {
             self.stale.routes = false;
         }
         if self.stale.rules {
-            let mut tables = requests.dump(kind::GET_RULE, &of_family(INET), decode::rule_table)?;
-            tables.extend(requests.dump(kind::GET_RULE, &of_family(INET6), decode::rule_table)?);
-            let foreign = tables.iter().filter(|table| !(253..=255).contains(*table)).count();
+            let v4 = requests.dump(kind::GET_RULE, &of_family(INET), decode::rule_table)?;
+            let v6 = requests.dump(kind::GET_RULE, &of_family(INET6), decode::rule_table)?;
+            let foreign = v4.iter().filter(|table| !(253..=255).contains(*table)).count()
+                + v6.iter().filter(|table| !(254..=255).contains(*table)).count();
+            self.state.ipv4_has_policy = v4.len() > 3;
             if foreign > self.state.foreign_rules {
                 warn!(
-                    "{foreign} policy rules are not followed: only the tables local, main and default are (ip rule show)"
+                    "{foreign} policy rules are not followed, only the tables local, main and default are: see ip rule show"
                 );
             }
             self.state.foreign_rules = foreign;

@@ -86,6 +86,13 @@ impl Direct {
     }
 }
 
+/// Whoever the keeper is.
+impl Privileged for Box<dyn Privileged> {
+    fn neighbor(&mut self, link: u32, addr: IpAddr, care: Care) -> io::Result<()> {
+        (**self).neighbor(link, addr, care)
+    }
+}
+
 impl Privileged for Direct {
     fn neighbor(&mut self, link: u32, addr: IpAddr, care: Care) -> io::Result<()> {
         if !self.is_port(link) {

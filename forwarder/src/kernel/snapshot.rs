@@ -19,8 +19,10 @@ pub struct Snapshot {
     pub routes: Arc<Vec<KernelRoute>>,
     /// By interface index and address.
     pub neighbors: BTreeMap<(u32, Addr), Neighbor>,
-    /// Policy rules that choose another table than local, main and default. The forwarder does not follow them.
+    /// Policy rules that choose another table than local, main and (IPv4) default. The forwarder does not follow them.
     pub foreign_rules: usize,
+    /// IPv4 has other policy rules than the three that are always there.
+    pub ipv4_has_policy: bool,
 }
 
 impl Snapshot {
