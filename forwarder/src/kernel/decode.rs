@@ -327,7 +327,7 @@ mod tests {
             RULE_MAIN,
         ];
         let all = |bytes: &[u8]| {
-            (link(bytes), address(bytes), route(bytes), neighbor(bytes), rule_table(bytes));
+            let _ = (link(bytes), address(bytes), route(bytes), neighbor(bytes), rule_table(bytes));
         };
         for body in bodies.map(bytes) {
             (0..body.len()).for_each(|len| all(&body[..len]));
