@@ -1,7 +1,5 @@
 //! Sends at a constant rate, whatever comes back.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
 use af_xdp::{Burst, FramePool, Kick, Socket};
 
 use crate::clock::now_ns;
@@ -41,67 +39,115 @@ pub struct Sent {
     pub to_ns: u64,
 }
 
-/// The generator's thread. `progress`: packets of the measurement so far.
-pub fn send(
-    mut socket: Socket,
-    mut pool: FramePool,
-    load: &Load,
-    progress: &AtomicU64,
-    stop: &AtomicBool,
-) -> Sent {
-    let mut flows: Vec<Flow> = (0..load.concurrent).map(|id| Flow::new(&load.flows, id)).collect();
-    let mut sent = Sent { flows: flows.len() as u64, ..Sent::default() };
-    let phases = [(Kind::WarmUp, load.warm_up_s), (Kind::Measured, load.time_s)];
-    for (kind, time_s) in phases {
-        let start = now_ns();
-        let packets = (load.rate * time_s) as u64;
-        flows.iter_mut().for_each(Flow::restart);
-        let mut renewed = 0u64;
-        let mut next = 0u64;
-        let mut burst = Burst::with_capacity(BURST);
-        while (next < packets || !burst.is_empty()) && !stop.load(Ordering::Relaxed) {
-            let now = now_ns();
-            let due = (((now - start) as f64 * load.rate / 1e9) as u64).min(packets);
-            let first = next;
-            while next < due && burst.len() < BURST {
-                let intended = start + (next as f64 * 1e9 / load.rate) as u64;
-                let Some(mut frame) = pool.pop() else { break };
-                let wanted = (load.new_flows * (intended - start) as f64 / 1e9) as u64;
-                let at = (next % u64::from(load.concurrent)) as usize;
-                if renewed < wanted {
-                    flows[at] = Flow::new(&load.flows, sent.flows as u32);
-                    sent.flows += 1;
-                    renewed += 1;
-                }
-                let flow = &mut flows[at];
-                frame.set_len(flow.frame_len()).expect("the length was checked at the start");
-                flow.next(kind, intended, frame.data_mut());
-                burst.push(frame);
-                next += 1;
+/// Sends a [`Load`], a burst at a time.
+pub struct Generator {
+    socket: Socket,
+    pool: FramePool,
+    load: Load,
+    flows: Vec<Flow>,
+    burst: Burst,
+    /// What is left to do, the current one first.
+    phases: Vec<(Kind, f64)>,
+    /// Of the current phase: when it began, and how many packets and new flows it has had.
+    start_ns: u64,
+    next: u64,
+    renewed: u64,
+    sent: Sent,
+}
+
+impl Generator {
+    /// A generator whose first packet is due now.
+    pub fn new(socket: Socket, pool: FramePool, load: Load) -> Generator {
+        let flows: Vec<Flow> = (0..load.concurrent).map(|id| Flow::new(&load.flows, id)).collect();
+        let mut generator = Generator {
+            socket,
+            pool,
+            sent: Sent { flows: flows.len() as u64, ..Sent::default() },
+            flows,
+            burst: Burst::with_capacity(BURST),
+            phases: vec![(Kind::WarmUp, load.warm_up_s), (Kind::Measured, load.time_s)],
+            start_ns: 0,
+            next: 0,
+            renewed: 0,
+            load,
+        };
+        generator.begin_phase();
+        generator
+    }
+
+    fn begin_phase(&mut self) {
+        self.flows.iter_mut().for_each(Flow::restart);
+        (self.next, self.renewed) = (0, 0);
+        self.start_ns = now_ns();
+    }
+
+    /// When packet `number` of this phase should leave.
+    fn intended_ns(&self, number: u64) -> u64 {
+        self.start_ns + (number as f64 * 1e9 / self.load.rate) as u64
+    }
+
+    /// Sends what is due, at most a burst. False once everything is sent.
+    pub fn step(&mut self) -> bool {
+        let Some(&(kind, time_s)) = self.phases.first() else { return false };
+        let total = (self.load.rate * time_s) as u64;
+        if self.next == total && self.burst.is_empty() {
+            return self.end_phase(kind);
+        }
+        let now = now_ns();
+        let due = (((now - self.start_ns) as f64 * self.load.rate / 1e9) as u64).min(total);
+        if self.next < due && kind == Kind::Measured {
+            self.sent.late_max_ns =
+                self.sent.late_max_ns.max(now.saturating_sub(self.intended_ns(self.next)));
+        }
+        while self.next < due && self.burst.len() < BURST {
+            let Some(mut frame) = self.pool.pop() else { break };
+            let intended_ns = self.intended_ns(self.next);
+            let at = (self.next % u64::from(self.load.concurrent)) as usize;
+            let wanted = (self.load.new_flows * (intended_ns - self.start_ns) as f64 / 1e9) as u64;
+            if self.renewed < wanted {
+                self.flows[at] = Flow::new(&self.load.flows, self.sent.flows as u32);
+                self.sent.flows += 1;
+                self.renewed += 1;
             }
-            if next > first && kind == Kind::Measured {
-                let intended = start + (first as f64 * 1e9 / load.rate) as u64;
-                sent.late_max_ns = sent.late_max_ns.max(now.saturating_sub(intended));
-                progress.store(next, Ordering::Relaxed);
-            }
-            if burst.is_empty() {
-                std::hint::spin_loop();
-            } else {
-                socket.transmit(&mut pool, &mut burst);
-            }
-            if socket.kick() == Kick::Down {
+            let flow = &mut self.flows[at];
+            frame.set_len(flow.frame_len()).expect("the length was checked at the start");
+            flow.next(kind, intended_ns, frame.data_mut());
+            self.burst.push(frame);
+            self.next += 1;
+        }
+        if !self.burst.is_empty() {
+            self.socket.transmit(&mut self.pool, &mut self.burst);
+        }
+        self.socket.kick();
+        self.socket.complete(&mut self.pool);
+        true
+    }
+
+    /// Packets of the measurement so far.
+    pub fn progress(&self) -> u64 {
+        if matches!(self.phases.first(), Some((Kind::Measured, _))) { self.next } else { 0 }
+    }
+
+    fn end_phase(&mut self, kind: Kind) -> bool {
+        // Nothing is left on the ring; an interface that went down does not keep us for ever.
+        for _ in 0..1000 {
+            if self.socket.kick() != Kick::Left {
                 break;
             }
-            socket.complete(&mut pool);
-        }
-        while socket.kick() == Kick::Left {
-            socket.complete(&mut pool);
+            self.socket.complete(&mut self.pool);
         }
         if kind == Kind::Measured {
-            sent.packets = next - burst.len() as u64;
-            sent.from_ns = start;
-            sent.to_ns = now_ns();
+            self.sent.packets = self.next;
+            self.sent.from_ns = self.start_ns;
+            self.sent.to_ns = now_ns();
         }
+        self.phases.remove(0);
+        self.begin_phase();
+        !self.phases.is_empty()
     }
-    sent
+
+    /// What was sent.
+    pub fn finish(self) -> Sent {
+        self.sent
+    }
 }

@@ -8,17 +8,18 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use af_xdp::redirect::UdpRedirect;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::clock::{busy_s, now_ns};
 use crate::flow::Flows;
-use crate::generator::{Load, Sent, send};
+use crate::generator::{Generator, Load, Sent};
 use crate::place::{Place, parse_mac};
 use crate::range::{AddrRange, Target};
 use crate::report::Report;
-use crate::sink::{Received, receive};
+use crate::sink::{Received, Sink};
 
 /// What a measurement needs to know, but for its rate.
 #[derive(Args, Clone)]
@@ -137,62 +138,148 @@ impl Setup {
     }
 }
 
-/// Sends and receives at once; both threads are in their namespaces.
+/// How long the sink waits for packets that are still on their way.
+const PATIENCE_NS: u64 = 300_000_000;
+
+/// Sends and receives at once: on two threads, or on one that does both in turn if they share a CPU.
 pub fn measure(setup: &Setup, rate: f64) -> anyhow::Result<Report> {
     let frame_len = setup.check(rate)?;
-    let dst_mac = parse_mac(&setup.via)?;
-    let (sent, received, stop) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
-    let total = (rate * setup.time) as u64;
-    thread::scope(|scope| {
-        let (ready, is_ready) = crossbeam::channel::bounded::<()>(1);
-        let sink = scope.spawn(|| -> anyhow::Result<Received> {
-            let ready = ready;
-            pin(setup.rx_cpu)?;
-            setup.rx_if.enter()?;
-            let (socket, pool) = setup.rx_if.open()?;
-            let _program = setup.rx_if.redirect(&socket)?;
-            ready.send(())?;
-            Ok(receive(socket, pool, setup.expected.clone(), &received, &stop, 300_000_000))
-        });
-        if is_ready.recv().is_err() {
-            return Err(sink
-                .join()
-                .expect("the sink does not panic")
-                .expect_err("it ended before it was ready"));
+    let progress = Progress::default();
+    let (sent, busy, received) = thread::scope(|scope| {
+        // Threads, since each moves into a namespace of its own.
+        let sink = scope.spawn(|| open_sink(setup)).join().expect("opening does not panic")?;
+        let generator =
+            scope.spawn(|| open_generator(setup, rate, frame_len)).join().expect("opening does not panic")?;
+        let (sink, _program) = sink;
+        let generator = generator();
+        let busy = busy_s();
+        let begin_ns = now_ns();
+        let threads = if setup.tx_cpu.is_some() && setup.tx_cpu == setup.rx_cpu {
+            vec![scope.spawn(|| both(setup, generator, sink, &progress))]
+        } else {
+            vec![
+                scope.spawn(|| generate(setup, generator, &progress)),
+                scope.spawn(|| sink_until_silent(setup, sink, &progress)),
+            ]
+        };
+        progress.show((rate * setup.time) as u64, &setup.name);
+        let elapsed_ns = now_ns() - begin_ns;
+        let busy = busy_s() - busy;
+        let (mut sent, mut received) = (None, None);
+        for thread in threads {
+            let (s, r) = thread.join().expect("measuring does not panic")?;
+            sent = s.or(sent);
+            received = r.or(received);
         }
-        let generator = scope.spawn(|| -> anyhow::Result<(Sent, f64)> {
-            pin(setup.tx_cpu)?;
-            setup.tx_if.enter()?;
-            let flows =
-                Flows { src_mac: setup.tx_if.mac()?, dst_mac, src: setup.src, dst: setup.dst, frame_len };
-            let (socket, pool) = setup.tx_if.open()?;
-            let load = Load {
-                flows,
-                rate,
-                concurrent: setup.flows,
-                new_flows: setup.new_flows,
-                warm_up_s: setup.warm_up,
-                time_s: setup.time,
-            };
-            let (busy, begin) = (busy_s(), now_ns());
-            let result = send(socket, pool, &load, &sent, &stop);
-            // The share of the measurement; the warm-up runs at the same rate.
-            let share = (result.to_ns - result.from_ns) as f64 / (now_ns() - begin) as f64;
-            Ok((result, (busy_s() - busy) * share))
-        });
-        let bar = progress_bar(total, &setup.name);
-        while !generator.is_finished() {
-            bar.set_position(sent.load(Ordering::Relaxed));
-            bar.set_message(format!("{} received", received.load(Ordering::Relaxed)));
+        let sent = sent.context("nothing was sent")?;
+        // The share of the measurement; the warm-up runs at the same rate.
+        let share = (sent.to_ns - sent.from_ns) as f64 / elapsed_ns.max(1) as f64;
+        anyhow::Ok((sent, busy * share.min(1.0), received.context("nothing was received")?))
+    })?;
+    Ok(Report::new(&setup.name, rate, frame_len, &sent, &received, busy))
+}
+
+/// What one thread has to tell.
+type Part = (Option<Sent>, Option<Received>);
+
+fn open_sink(setup: &Setup) -> anyhow::Result<(Sink, UdpRedirect)> {
+    setup.rx_if.enter()?;
+    let (socket, pool) = setup.rx_if.open()?;
+    let program = setup.rx_if.redirect(&socket)?;
+    Ok((Sink::new(socket, pool, setup.expected.clone()), program))
+}
+
+/// The generator, to be started when all is ready: its schedule begins when it is made.
+fn open_generator(
+    setup: &Setup,
+    rate: f64,
+    frame_len: usize,
+) -> anyhow::Result<impl FnOnce() -> Generator + use<>> {
+    setup.tx_if.enter()?;
+    let (src_mac, dst_mac) = (setup.tx_if.mac()?, parse_mac(&setup.via)?);
+    let (socket, pool) = setup.tx_if.open()?;
+    let load = Load {
+        flows: Flows { src_mac, dst_mac, src: setup.src, dst: setup.dst, frame_len },
+        rate,
+        concurrent: setup.flows,
+        new_flows: setup.new_flows,
+        warm_up_s: setup.warm_up,
+        time_s: setup.time,
+    };
+    Ok(move || Generator::new(socket, pool, load))
+}
+
+fn generate(setup: &Setup, mut generator: Generator, progress: &Progress) -> anyhow::Result<Part> {
+    let _end = progress.ends_sending();
+    pin(setup.tx_cpu)?;
+    while generator.step() {
+        progress.sent.store(generator.progress(), Ordering::Relaxed);
+    }
+    Ok((Some(generator.finish()), None))
+}
+
+fn sink_until_silent(setup: &Setup, mut sink: Sink, progress: &Progress) -> anyhow::Result<Part> {
+    pin(setup.rx_cpu)?;
+    loop {
+        if sink.step() {
+            progress.received.store(sink.progress(), Ordering::Relaxed);
+        } else if progress.all_sent.load(Ordering::Relaxed) && sink.is_silent(PATIENCE_NS) {
+            return Ok((None, Some(sink.finish())));
+        } else {
+            thread::yield_now();
+        }
+    }
+}
+
+fn both(
+    setup: &Setup,
+    mut generator: Generator,
+    mut sink: Sink,
+    progress: &Progress,
+) -> anyhow::Result<Part> {
+    let _end = progress.ends_sending();
+    pin(setup.tx_cpu)?;
+    while generator.step() {
+        sink.step();
+        progress.sent.store(generator.progress(), Ordering::Relaxed);
+        progress.received.store(sink.progress(), Ordering::Relaxed);
+    }
+    while sink.step() || !sink.is_silent(PATIENCE_NS) {}
+    Ok((Some(generator.finish()), Some(sink.finish())))
+}
+
+/// How far the threads are.
+#[derive(Default)]
+struct Progress {
+    sent: AtomicU64,
+    received: AtomicU64,
+    all_sent: AtomicBool,
+}
+
+/// Says so when the sending thread ends, however it does.
+struct EndsSending<'a>(&'a Progress);
+
+impl Drop for EndsSending<'_> {
+    fn drop(&mut self) {
+        self.0.all_sent.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Progress {
+    fn ends_sending(&self) -> EndsSending<'_> {
+        EndsSending(self)
+    }
+
+    /// Draws a bar until everything is sent.
+    fn show(&self, total: u64, name: &str) {
+        let bar = progress_bar(total, name);
+        while !self.all_sent.load(Ordering::Relaxed) {
+            bar.set_position(self.sent.load(Ordering::Relaxed));
+            bar.set_message(format!("{} received", self.received.load(Ordering::Relaxed)));
             thread::sleep(Duration::from_millis(100));
         }
         bar.finish_and_clear();
-        let sent = generator.join().expect("the generator does not panic");
-        stop.store(true, Ordering::Relaxed);
-        let received = sink.join().expect("the sink does not panic")?;
-        let (sent, busy) = sent?;
-        Ok(Report::new(&setup.name, rate, frame_len, &sent, &received, busy))
-    })
+    }
 }
 
 fn progress_bar(total: u64, name: &str) -> ProgressBar {

@@ -1,7 +1,6 @@
 //! Receives, and tells what happened to each packet.
 
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use af_xdp::{Burst, FramePool, Socket};
 use hdrhistogram::Histogram;
@@ -150,47 +149,54 @@ impl Judge {
         self.received.packets += 1;
         self.received.latency_ns.saturating_record(now_ns.saturating_sub(seen.intended_ns).max(1));
     }
-
-    /// The result.
-    pub fn finish(self) -> Received {
-        self.received
-    }
 }
 
-/// The sink's thread, until `stop` and nothing has come for `patience_ns`.
-pub fn receive(
-    mut socket: Socket,
-    mut pool: FramePool,
-    expected: Vec<Target>,
-    progress: &AtomicU64,
-    stop: &AtomicBool,
-    patience_ns: u64,
-) -> Received {
-    let mut judge = Judge::new(expected);
-    let mut burst = Burst::with_capacity(64);
-    let mut last = now_ns();
-    loop {
-        let packets = socket.receive(&mut pool, &mut burst, 64);
-        let now = now_ns();
-        if packets == 0 {
-            if stop.load(Ordering::Relaxed) && now - last > patience_ns {
-                break;
-            }
-            // Leaves the CPU to the generator and the kernel where they share it.
-            std::thread::yield_now();
-            continue;
-        }
-        last = now;
-        burst.heads.iter().for_each(|frame| judge.judge(frame.data(), now));
-        burst.recycle(&mut pool);
-        socket.release(&mut pool);
-        socket.refill(&mut pool);
-        progress.store(judge.received.packets, Ordering::Relaxed);
+/// Receives into a [`Judge`], a burst at a time.
+pub struct Sink {
+    socket: Socket,
+    pool: FramePool,
+    judge: Judge,
+    burst: Burst,
+    last_ns: u64,
+}
+
+impl Sink {
+    /// A sink that lets packets arrive at `expected` only; anywhere, if that is empty.
+    pub fn new(socket: Socket, pool: FramePool, expected: Vec<Target>) -> Sink {
+        let judge = Judge::new(expected);
+        Sink { socket, pool, judge, burst: Burst::with_capacity(64), last_ns: now_ns() }
     }
-    let kernel = socket.statistics().unwrap_or_default();
-    let mut received = judge.finish();
-    received.sink_dropped = kernel.rx_dropped + kernel.rx_ring_full + kernel.rx_fill_ring_empty_descs;
-    received
+
+    /// Judges what has come, at most a burst. False if nothing has.
+    pub fn step(&mut self) -> bool {
+        if self.socket.receive(&mut self.pool, &mut self.burst, 64) == 0 {
+            return false;
+        }
+        self.last_ns = now_ns();
+        self.burst.heads.iter().for_each(|frame| self.judge.judge(frame.data(), self.last_ns));
+        self.burst.recycle(&mut self.pool);
+        self.socket.release(&mut self.pool);
+        self.socket.refill(&mut self.pool);
+        true
+    }
+
+    /// True if nothing has come for so long.
+    pub fn is_silent(&self, for_ns: u64) -> bool {
+        now_ns().saturating_sub(self.last_ns) > for_ns
+    }
+
+    /// Packets so far.
+    pub fn progress(&self) -> u64 {
+        self.judge.received.packets
+    }
+
+    /// What was received.
+    pub fn finish(self) -> Received {
+        let kernel = self.socket.statistics().unwrap_or_default();
+        let mut received = self.judge.received;
+        received.sink_dropped = kernel.rx_dropped + kernel.rx_ring_full + kernel.rx_fill_ring_empty_descs;
+        received
+    }
 }
 
 #[cfg(test)]
@@ -232,7 +238,7 @@ mod tests {
         judge.judge(&elsewhere, 3000);
         Flow::new(&flows, 8).next(Kind::Measured, 1000, &mut elsewhere);
         judge.judge(&elsewhere, 3000);
-        let received = judge.finish();
+        let received = judge.received;
         assert_eq!((received.packets, received.duplicates, received.reordered), (7, 2, 1));
         assert_eq!((received.wrong_endpoint, received.damaged, received.foreign), (2, 1, 1));
         assert_eq!(received.latency_ns.len(), 7);
