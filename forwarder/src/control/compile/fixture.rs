@@ -80,7 +80,6 @@ impl Cluster {
     }
 
     /// Deletes an object that is there.
-    #[allow(dead_code)] // Used by the tests of the compiler.
     pub(crate) fn delete(&mut self, kind: Kind, namespace: &str, name: &str) -> Accepted {
         let object = ObjectRef { kind, namespace: namespace.into(), name: name.into() };
         let delete = Operation::Delete { object, source: Source::default(), ignore_not_found: false };
