@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use anyhow::{Result, bail};
-use config::control::{EndpointDescription, FrontendDescription, Reply, Request, ServiceDescription, Trace};
+use config::control::{ActionDescription, EndpointDescription, FrontendDescription, Reply, Request, ServiceDescription, Trace};
 use config::packet::PacketSpec;
 
 use crate::connection::unexpected;
@@ -95,7 +95,7 @@ pub fn text(trace: &Trace, paint: Paint) -> String {
 /// `is forwarded as ... by port fabric`.
 fn verdict(trace: &Trace, paint: Paint) -> String {
     let reason = match (&trace.help, &trace.reason) {
-        (Some(help), Some(reason)) => format!(": {} ({reason})", help.trim_end_matches('.')),
+        (Some(help), Some(reason)) => format!(": {} ({reason})", clause(help)),
         (None, Some(reason)) => format!(": {reason}"),
         _ => String::new(),
     };
@@ -113,6 +113,18 @@ fn verdict(trace: &Trace, paint: Paint) -> String {
         other => (Tint::Warn, format!("{other}{reason}")),
     };
     format!("  {}", paint.paint(tint, &words))
+}
+
+/// A sentence as a clause after a colon: no full stop, and no capital unless the first word is one of capitals.
+fn clause(sentence: &str) -> String {
+    let sentence = sentence.trim_end_matches('.');
+    let mut chars = sentence.chars();
+    match (chars.next(), chars.next()) {
+        (Some(first), Some(second)) if !second.is_uppercase() => {
+            first.to_lowercase().chain(sentence.chars().skip(1)).collect()
+        }
+        _ => sentence.to_owned(),
+    }
 }
 
 /// The frontend of a Service that is called `address:port/protocol`.
@@ -155,16 +167,12 @@ fn decision(
     let port =
         if matched.port_name.is_empty() { String::new() } else { format!(", port {}", matched.port_name) };
     line("Frontend", format!("{}, {}{port}", frontend_name(matched), kind(&matched.kind)));
-    let (client, action) = match trace.origin.as_deref() {
-        Some("pod") => ("a pod of this cluster", &matched.from_pod),
-        Some("node") => ("a node of this cluster", &matched.from_node),
-        _ => ("outside the cluster", &matched.from_outside),
-    };
+    let (client, action) = client(trace, matched);
     line("Client", client.to_owned());
     if !matched.source_ranges.is_empty() {
         line("Allowed", format!("loadBalancerSourceRanges {}", matched.source_ranges.join(", ")));
     }
-    if trace.reason.as_deref() != Some("source_range") {
+    if !is_stopped_before(trace, action) {
         line("Rule", action.rule.clone());
     }
     if let Some(endpoint) = &trace.endpoint {
@@ -172,7 +180,32 @@ fn decision(
         let place = described.map(place).unwrap_or_default();
         line("Endpoint", format!("{}{place}", paint.paint(Tint::Good, endpoint)));
     }
+    if let (Some(before), Some(after)) = (source(&trace.packet), trace.output.as_deref().and_then(source)) {
+        line(
+            "Source",
+            if before == after { format!("{before}, kept") } else { format!("{after}, masqueraded") },
+        );
+    }
     text
+}
+
+/// Who the client is, and what happens to such clients.
+fn client<'a>(trace: &Trace, matched: &'a FrontendDescription) -> (&'static str, &'a ActionDescription) {
+    match trace.origin.as_deref() {
+        Some("pod") => ("a pod of this cluster", &matched.from_pod),
+        Some("node") => ("a node of this cluster", &matched.from_node),
+        _ => ("outside the cluster", &matched.from_outside),
+    }
+}
+
+/// The packet would have had an endpoint, but something else stopped it before: a source range, for one.
+fn is_stopped_before(trace: &Trace, action: &ActionDescription) -> bool {
+    trace.endpoint.is_none() && action.action == "dnat"
+}
+
+/// `198.51.100.7:4242` of `tcp 198.51.100.7:4242 > 203.0.113.10:80`.
+fn source(packet: &str) -> Option<&str> {
+    packet.split_once(" > ")?.0.split_once(' ').map(|(_, source)| source)
 }
 
 /// `, Pod/web-1 on node-1`.
@@ -205,11 +238,10 @@ fn endpoints(
     matched: &FrontendDescription,
     paint: Paint,
 ) -> String {
-    let action = match trace.origin.as_deref() {
-        Some("pod") => &matched.from_pod,
-        Some("node") => &matched.from_node,
-        _ => &matched.from_outside,
-    };
+    let (_, action) = client(trace, matched);
+    if is_stopped_before(trace, action) {
+        return String::new();
+    }
     let family = |address: &str| address.contains(':');
     let of_port = service.endpoints.iter().filter(|e| {
         e.endpoint.port_name == matched.port_name
@@ -225,7 +257,7 @@ fn endpoints(
             row.state(),
             row.node.as_str().into(),
             row.target.as_str().into(),
-            why(chosen, described, action.list.as_deref()),
+            why(chosen, described, action.list.as_deref(), &matched.kind),
         ]);
     }
     if table.len() == 0 {
@@ -234,19 +266,26 @@ fn endpoints(
     format!("\n{}", table.take(paint, 2))
 }
 
-fn why(chosen: bool, described: &EndpointDescription, list: Option<&str>) -> Cell {
+fn why(chosen: bool, described: &EndpointDescription, list: Option<&str>, kind: &str) -> Cell {
     if chosen {
         return Cell::new(Tint::Good, "chosen");
     }
-    match (&described.unused, list) {
-        (Some(why), _) => Cell::new(Tint::Dim, why.as_str()),
-        (None, Some(list)) if described.lists.iter().any(|l| l == list) => {
-            "in the list; other connections go here".into()
+    if let Some(why) = &described.unused {
+        return Cell::new(Tint::Dim, why.as_str());
+    }
+    // A local list says whose: `local (own node)` for ClusterIPs, `local (every node)` where the gateway is the frontend.
+    let is_in = |list: &str| {
+        described.lists.iter().any(|known| match known.split_once(' ') {
+            Some((name, place)) => name == list && (kind != "ClusterIP" || place == "(own node)"),
+            None => known == list,
+        })
+    };
+    match list {
+        Some(list) if is_in(list) => "in the list: other connections come here".into(),
+        Some(list) => {
+            Cell::new(Tint::Dim, format!("only in list {}, not in {list}", described.lists.join(", ")))
         }
-        (None, Some(list)) => {
-            Cell::new(Tint::Dim, format!("in list {}, this frontend uses {list}", described.lists.join(",")))
-        }
-        (None, None) => Cell::new(Tint::Dim, format!("in list {}, not used here", described.lists.join(","))),
+        None => Cell::new(Tint::Dim, format!("only in list {}", described.lists.join(", "))),
     }
 }
 
@@ -313,6 +352,7 @@ mod tests {
                 step("verdict", "forwarded"),
             ],
             verdict: "forward".into(),
+            origin: Some("outside".into()),
             output: Some("tcp 192.0.2.1:4242 > 10.244.1.8:80".into()),
             port: Some("fabric".into()),
             service: Some(service),
@@ -348,6 +388,39 @@ mod tests {
     }
 
     #[test]
+    fn a_packet_that_is_stopped_before_its_rule_has_no_endpoints_to_show() {
+        let stopped = Trace {
+            verdict: "drop".into(),
+            reason: Some("source_range".into()),
+            help: Some("The source is not in loadBalancerSourceRanges.".into()),
+            output: None,
+            endpoint: None,
+            steps: vec![],
+            ..trace()
+        };
+        insta::assert_snapshot!(text(&stopped, Paint::PLAIN), @"");
+    }
+
+    #[test]
+    fn local_lists_are_told_apart_by_their_place() {
+        let described = EndpointDescription {
+            lists: vec!["cluster".into(), "local (every node)".into()],
+            ..Default::default()
+        };
+        let in_list = Cell::from("in the list: other connections come here");
+        assert_eq!(why(false, &described, Some("local"), "LoadBalancer"), in_list);
+        assert_eq!(why(false, &described, Some("cluster"), "ClusterIP"), in_list);
+        assert_ne!(why(false, &described, Some("local"), "ClusterIP"), in_list);
+    }
+
+    #[test]
+    fn sentences_become_clauses() {
+        assert_eq!(clause("The source is wrong."), "the source is wrong");
+        assert_eq!(clause("A ClusterIP."), "a ClusterIP");
+        assert_eq!(clause("TTL used up."), "TTL used up");
+    }
+
+    #[test]
     fn a_dropped_packet_says_why_first() {
         let dropped = Trace {
             packet: "udp 198.51.100.7:4242 > 10.96.0.99:53".into(),
@@ -358,7 +431,7 @@ mod tests {
         };
         insta::assert_snapshot!(text(&dropped, Paint::PLAIN), @"
         udp 198.51.100.7:4242 > 10.96.0.99:53
-          is dropped: An address inside a service range without a Service (unknown_service)
+          is dropped: an address inside a service range without a Service (unknown_service)
         ");
     }
 
