@@ -33,7 +33,7 @@ struct ChangeArgs {
     #[arg(long, value_name = "GENERATION")]
     if_generation: Option<u64>,
     /// How to print
-    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    #[arg(short, long, value_name = "FORM", value_parser = print::forms_with_name(), default_value = "table", hide_default_value = true)]
     output: Output,
 }
 

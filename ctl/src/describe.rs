@@ -5,7 +5,7 @@ use config::control::{Noun, Reply, Request};
 
 use crate::connection::unexpected;
 use crate::get::Resource;
-use crate::print::{Output, out, out_value};
+use crate::print::{self, Output, out, out_value};
 use crate::{Ending, Global, service};
 
 /// Arguments of `describe`.
@@ -21,7 +21,7 @@ pub struct Args {
     #[arg(short, long, default_value = "default", value_name = "NAMESPACE")]
     namespace: String,
     /// How to print
-    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    #[arg(short, long, value_name = "FORM", value_parser = print::forms(), default_value = "table", hide_default_value = true)]
     output: Output,
 }
 

@@ -4,7 +4,7 @@ use anyhow::Result;
 use config::control::{Count, Reply, Request};
 
 use crate::connection::unexpected;
-use crate::print::{Cell, Output, Paint, Table, Tint, notice, out, out_value, thousands};
+use crate::print::{self, Cell, Output, Paint, Table, Tint, notice, out, out_value, thousands};
 use crate::{Ending, Global};
 
 /// Arguments of `drops`.
@@ -14,7 +14,7 @@ pub struct Args {
     #[arg(short, long)]
     all: bool,
     /// How to print
-    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    #[arg(short, long, value_name = "FORM", value_parser = print::forms(), default_value = "table", hide_default_value = true)]
     output: Output,
 }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail};
-use config::control::{FrontendDescription, ServiceDescription, Trace};
+use config::control::{FrontendDescription, ObjectRef, ServiceDescription, Trace};
 use config::object::Manifest;
 use config::packet::{PacketSpec, Protocol};
 use forwarder::addr::{Addr, protocol};
@@ -55,7 +55,7 @@ pub struct Args {
     #[arg(long, value_name = "NAME", conflicts_with = "config")]
     node: Option<String>,
     /// How to print
-    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    #[arg(short, long, value_name = "FORM", value_parser = print::forms(), default_value = "table", hide_default_value = true)]
     output: Output,
 }
 
@@ -104,10 +104,15 @@ impl Cluster {
         let empty = Tables { settings: Arc::new(compile::settings(&gateway)), ..Tables::default() };
         let links = assumed_fib(&empty, &[]).ports;
         let own: Vec<Addr> = links.iter().flat_map(|link| [link.v4, link.v6]).flatten().collect();
+        let names: Vec<ObjectRef> = manifests.iter().map(|manifest| manifest.object.reference()).collect();
         let (state, notes) = State::load(&Rules { gateway: &gateway, own: &own }, manifests);
         let paint = Paint::for_stderr(global.color);
+        let left_out: BTreeSet<String> =
+            names.iter().filter(|name| state.get(name).is_none()).map(ToString::to_string).collect();
         for note in &notes {
-            notice(&print::fault(paint, Tint::Warn, "note:", note));
+            let is_left_out = note.object.as_deref().is_some_and(|name| left_out.contains(name));
+            let (tint, label) = if is_left_out { (Tint::Bad, "left out:") } else { (Tint::Warn, "note:") };
+            notice(&print::fault(paint, tint, label, note));
         }
         let compiler = compile::compile(&state, &gateway, &own);
         let names = gateway.ports.iter().map(|port| port.name.clone()).collect();

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::connection::{Connection, unexpected, unexpected_item};
 use crate::get::{Row, View, add_row, table_of};
-use crate::print::{Cell, Output, Paint, Tint, age, notice, now_s, out, out_value, thousands};
+use crate::print::{self, Cell, Output, Paint, Tint, age, notice, now_s, out, out_value, thousands};
 use crate::{Ending, Global};
 
 /// Arguments of `flows`.
@@ -24,7 +24,7 @@ enum Command {
         #[command(flatten)]
         list: ListArgs,
         /// How to print
-        #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+        #[arg(short, long, value_name = "FORM", value_parser = print::forms_with_name(), default_value = "table", hide_default_value = true)]
         output: Output,
     },
     /// Count flows
@@ -32,7 +32,7 @@ enum Command {
         #[command(flatten)]
         filter: FilterArgs,
         /// How to print
-        #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+        #[arg(short, long, value_name = "FORM", value_parser = print::forms(), default_value = "table", hide_default_value = true)]
         output: Output,
     },
     /// Remove flows: their next packet is judged anew
@@ -43,7 +43,7 @@ enum Command {
         #[arg(long)]
         all: bool,
         /// How to print
-        #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+        #[arg(short, long, value_name = "FORM", value_parser = print::forms(), default_value = "table", hide_default_value = true)]
         output: Output,
     },
 }

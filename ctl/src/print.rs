@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal, Write};
 
 use anyhow::Result;
 use clap::ValueEnum;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use config::fault::Fault;
 use serde::Serialize;
 
@@ -35,6 +36,20 @@ pub enum Output {
     Name,
     /// `/etc/hosts` lines (`get dns` only).
     Hosts,
+}
+
+/// The forms that every command has.
+pub fn forms() -> impl TypedValueParser<Value = Output> {
+    some_forms(&["table", "wide", "json", "yaml"])
+}
+
+/// The forms of a command that changes or lists objects.
+pub fn forms_with_name() -> impl TypedValueParser<Value = Output> {
+    some_forms(&["table", "wide", "json", "yaml", "name"])
+}
+
+fn some_forms(names: &'static [&'static str]) -> impl TypedValueParser<Value = Output> {
+    PossibleValuesParser::new(names).map(|name| Output::from_str(&name, false).unwrap_or_default())
 }
 
 /// The few meanings that have a colour.

@@ -7,7 +7,7 @@ use config::control::{Reply, Request, Stats};
 use serde_json::json;
 
 use crate::connection::{Connection, unexpected};
-use crate::print::{Cell, Output, Paint, Table, Tint, out, out_value, thousands};
+use crate::print::{self, Cell, Output, Paint, Table, Tint, out, out_value, thousands};
 use crate::{Ending, Global, drops};
 
 /// Arguments of `stats`.
@@ -23,7 +23,7 @@ pub struct Args {
     #[arg(short, long, value_name = "LINES", requires = "watch")]
     count: Option<u64>,
     /// How to print; wide adds a column for each worker
-    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    #[arg(short, long, value_name = "FORM", value_parser = print::forms(), default_value = "table", hide_default_value = true)]
     output: Output,
 }
 

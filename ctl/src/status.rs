@@ -14,7 +14,7 @@ use crate::{Ending, Global};
 #[derive(clap::Args)]
 pub struct Args {
     /// How to print
-    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    #[arg(short, long, value_name = "FORM", value_parser = print::forms(), default_value = "table", hide_default_value = true)]
     output: Output,
 }
 

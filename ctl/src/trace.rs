@@ -3,12 +3,14 @@
 use std::fmt::Write as _;
 
 use anyhow::{Result, bail};
-use config::control::{ActionDescription, EndpointDescription, FrontendDescription, Reply, Request, ServiceDescription, Trace};
+use config::control::{
+    ActionDescription, EndpointDescription, FrontendDescription, Reply, Request, ServiceDescription, Trace,
+};
 use config::packet::PacketSpec;
 
 use crate::connection::unexpected;
 use crate::endpoint::EndpointText;
-use crate::print::{Cell, Output, Paint, Table, Tint, out, out_value};
+use crate::print::{self, Cell, Output, Paint, Table, Tint, out, out_value};
 use crate::{Ending, Global};
 
 /// Arguments of `trace`.
@@ -18,7 +20,7 @@ pub struct Args {
     #[arg(value_name = "PACKET", required = true)]
     packet: Vec<String>,
     /// How to print
-    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    #[arg(short, long, value_name = "FORM", value_parser = print::forms(), default_value = "table", hide_default_value = true)]
     output: Output,
 }
 
@@ -282,10 +284,10 @@ fn why(chosen: bool, described: &EndpointDescription, list: Option<&str>, kind: 
     };
     match list {
         Some(list) if is_in(list) => "in the list: other connections come here".into(),
-        Some(list) => {
-            Cell::new(Tint::Dim, format!("only in list {}, not in {list}", described.lists.join(", ")))
+        Some(list) => Cell::new(Tint::Dim, format!("in list {}, not in {list}", described.lists.join(", "))),
+        None => {
+            Cell::new(Tint::Dim, format!("in list {}, which is not used here", described.lists.join(", ")))
         }
-        None => Cell::new(Tint::Dim, format!("only in list {}", described.lists.join(", "))),
     }
 }
 
@@ -373,9 +375,10 @@ mod tests {
           Client     outside the cluster
           Rule       externalTrafficPolicy: Cluster
           Endpoint   10.244.1.8:80, Pod/web-8 on node-1
+          Source     192.0.2.1:4242, masqueraded
 
           ENDPOINT        STATE       NODE     TARGET      WHY
-          10.244.1.7:80   ready       node-1   Pod/web-7   in the list; other connections go here
+          10.244.1.7:80   ready       node-1   Pod/web-7   in the list: other connections come here
           10.244.1.8:80   ready       node-1   Pod/web-8   chosen
           10.244.1.9:80   not ready   node-1   Pod/web-9   not ready
 
@@ -398,7 +401,14 @@ mod tests {
             steps: vec![],
             ..trace()
         };
-        insta::assert_snapshot!(text(&stopped, Paint::PLAIN), @"");
+        insta::assert_snapshot!(text(&stopped, Paint::PLAIN), @"
+        tcp 198.51.100.7:4242 > 203.0.113.10:8080
+          is dropped: the source is not in loadBalancerSourceRanges (source_range)
+
+          Service    default/web, type LoadBalancer, resourceVersion 4711
+          Frontend   203.0.113.10:8080/TCP, a LoadBalancer address, port http
+          Client     outside the cluster
+        ");
     }
 
     #[test]

@@ -15,6 +15,7 @@ use super::topology::{Place, TopologyMode, is_near};
 use crate::control::facts::{Distribution, ServiceFacts, protocol_name};
 use crate::control::state::State;
 use crate::tables::{FrontendKind, List, Origin};
+use crate::verdict::Reason;
 
 /// The word for a list in output.
 pub fn list_name(list: List) -> &'static str {
@@ -96,10 +97,16 @@ impl Compiler {
             port_name: claimed.port.name.clone(),
             kind: kind_name(claimed.kind).to_owned(),
             source_ranges: ranges.iter().map(ToString::to_string).collect(),
-            from_outside: action(Origin::Outside),
+            from_outside: if self.is_internal(claimed.kind) { internal() } else { action(Origin::Outside) },
             from_pod: action(Origin::Pod),
             from_node: action(Origin::Node),
         }
+    }
+
+    /// True for a ClusterIP if no port that clients come in by serves it; `stage/service` judges it by the port.
+    fn is_internal(&self, kind: FrontendKind) -> bool {
+        let exposed = self.gateway.outside_ports().any(|index| self.gateway.ports[index].expose_cluster_ips);
+        kind == FrontendKind::ClusterIp && !exposed
     }
 
     /// Addresses that are not served, NodePorts without an address to be on, frontends that are off.
@@ -117,9 +124,10 @@ impl Compiler {
             let remedy = "apply the gateway's own Node, or set [gateway] nodeport_addresses";
             description.warnings.push(fault.field("spec.ports[].nodePort").remedy(remedy));
         }
-        let off = description.frontends.iter().find(|frontend| {
-            frontend.from_outside.reason.as_deref() == Some(crate::verdict::Reason::FrontendOff.name())
-        });
+        let off = description
+            .frontends
+            .iter()
+            .find(|frontend| frontend.from_outside.reason.as_deref() == Some(Reason::FrontendOff.name()));
         if let Some(off) = off {
             let fault = Fault::new(Code::Ignored, off.from_outside.rule.clone());
             description.warnings.push(fault.field("spec.externalTrafficPolicy").value("Local"));
@@ -210,6 +218,17 @@ impl Compiler {
         } else {
             format!("ready, but on node {}, not on the gateway's own node {node}", info.endpoint.node)
         }
+    }
+}
+
+/// What clients outside meet at a ClusterIP.
+fn internal() -> ActionDescription {
+    ActionDescription {
+        action: "drop".to_owned(),
+        reason: Some(Reason::ClusterInternal.name().to_owned()),
+        rule: "a ClusterIP is for the inside; expose_cluster_ips = true on a port serves it there too"
+            .to_owned(),
+        ..ActionDescription::default()
     }
 }
 
