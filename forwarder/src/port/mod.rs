@@ -26,6 +26,7 @@ pub use af_xdp::{Burst, Frame, FramePool, Kick, Tail};
 
 pub mod memory;
 pub mod pcap;
+pub mod tap;
 pub mod xsk;
 
 /// One worker's queue of a port. Worker thread only; no method blocks, logs or allocates on the way of a packet of one
