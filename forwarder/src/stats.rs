@@ -91,9 +91,34 @@ impl Counters {
     }
 }
 
+/// The sum of the counters of several workers at about one moment. Not shared with anybody.
+pub fn sum<'c>(workers: impl IntoIterator<Item = &'c Counters>) -> Counters {
+    let total = Counters::default();
+    for worker in workers {
+        for (cell, value) in total.counts.iter().zip(worker.counts.iter()) {
+            cell.store(cell.load(Ordering::Relaxed) + value.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        for (cell, value) in total.reasons.iter().zip(worker.reasons.iter()) {
+            cell.store(cell.load(Ordering::Relaxed) + value.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+    total
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sums_over_workers() {
+        let workers = [Counters::default(), Counters::default()];
+        workers[0].add(Counter::forwarded, 2);
+        workers[1].add(Counter::forwarded, 40);
+        workers[1].count(Reason::NoRoute);
+        let total = sum(&workers);
+        assert_eq!((total.get(Counter::forwarded), total.reason(Reason::NoRoute)), (42, 1));
+        assert_eq!(workers[0].get(Counter::forwarded), 2, "nothing is taken from the workers");
+    }
 
     #[test]
     fn counts_by_name() {

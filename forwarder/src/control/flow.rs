@@ -9,6 +9,7 @@ use config::fault::{Code, Fault};
 use ipnet::IpNet;
 
 use crate::addr::{Addr, Tuple, protocol};
+use crate::stage::flow::Phase;
 use crate::table::flow_map::{FlowMap, FlowSnapshot};
 use crate::tables::Tables;
 
@@ -65,8 +66,8 @@ fn far_side(flow: &FlowSnapshot) -> ((Addr, u16), (Addr, u16)) {
 }
 
 /// Name of the state of a flow; entries without a reply direction are those of session affinity.
-fn state_name(flow: &FlowSnapshot, phase_name: fn(u8) -> &'static str) -> &'static str {
-    if flow.reply.is_none() { "affinity" } else { phase_name(flow.phase) }
+fn state_name(flow: &FlowSnapshot) -> &'static str {
+    if flow.reply.is_none() { "affinity" } else { Phase::name(flow.phase) }
 }
 
 fn address_port((addr, port): (Addr, u16)) -> String {
@@ -77,12 +78,7 @@ fn address_port((addr, port): (Addr, u16)) -> String {
 }
 
 /// A flow as a row. `now_s`: CLOCK_MONOTONIC.
-pub fn row(
-    flow: &FlowSnapshot,
-    names: &ServiceNames,
-    phase_name: fn(u8) -> &'static str,
-    now_s: u32,
-) -> FlowRow {
+pub fn row(flow: &FlowSnapshot, names: &ServiceNames, now_s: u32) -> FlowRow {
     let original: Tuple = flow.original;
     let client = (original.src, original.src_port);
     let (endpoint, seen_as) = far_side(flow);
@@ -92,7 +88,7 @@ pub fn row(
         frontend: address_port((original.dst, original.dst_port)),
         endpoint: address_port(endpoint),
         masqueraded_as: (seen_as != client).then(|| address_port(seen_as)),
-        state: state_name(flow, phase_name).to_owned(),
+        state: state_name(flow).to_owned(),
         service: names.get(&flow.service).map(|name| name.port.clone()),
         age_s: now_s.saturating_sub(flow.created_s),
         idle_s: now_s.saturating_sub(flow.last_seen_s),
@@ -166,19 +162,14 @@ impl Filter {
     }
 
     /// True if everything that the filter names holds.
-    pub fn matches(
-        &self,
-        flow: &FlowSnapshot,
-        names: &ServiceNames,
-        phase_name: fn(u8) -> &'static str,
-    ) -> bool {
+    pub fn matches(&self, flow: &FlowSnapshot, names: &ServiceNames) -> bool {
         let original = &flow.original;
         let (endpoint, _) = far_side(flow);
         self.protocol.as_ref().is_none_or(|name| *name == protocol_name(original.protocol))
             && self.client.is_none_or(|side| side.matches((original.src, original.src_port)))
             && self.frontend.is_none_or(|side| side.matches((original.dst, original.dst_port)))
             && self.endpoint.is_none_or(|side| side.matches(endpoint))
-            && self.state.as_ref().is_none_or(|state| state == state_name(flow, phase_name))
+            && self.state.as_ref().is_none_or(|state| state == state_name(flow))
             && self.service.as_ref().is_none_or(|wanted| {
                 names.get(&flow.service).is_some_and(|name| name.service == *wanted || name.port == *wanted)
             })
@@ -190,19 +181,13 @@ pub struct Walk {
     flows: Arc<FlowMap>,
     names: ServiceNames,
     filter: Filter,
-    phase_name: fn(u8) -> &'static str,
     cursor: u32,
 }
 
 impl Walk {
     /// From the first record.
-    pub fn new(
-        flows: Arc<FlowMap>,
-        names: ServiceNames,
-        filter: Filter,
-        phase_name: fn(u8) -> &'static str,
-    ) -> Walk {
-        Walk { flows, names, filter, phase_name, cursor: 0 }
+    pub fn new(flows: Arc<FlowMap>, names: ServiceNames, filter: Filter) -> Walk {
+        Walk { flows, names, filter, cursor: 0 }
     }
 
     /// Calls `found` with the matching flows among the next records. Returns false when there are no more.
@@ -211,7 +196,7 @@ impl Walk {
         let end = self.cursor.saturating_add(STEP).min(capacity);
         for index in self.cursor..end {
             if let Some(flow) = self.flows.snapshot(index)
-                && self.filter.matches(&flow, &self.names, self.phase_name)
+                && self.filter.matches(&flow, &self.names)
             {
                 found(&flow);
             }
@@ -230,8 +215,8 @@ impl Walk {
                 return Some(Some(Reply::Item(Item::Flow(row))));
             }
             if more && count < limit {
-                let (names, phase_name) = (self.names.clone(), self.phase_name);
-                more = self.step(|flow| ready.push_back(row(flow, &names, phase_name, now_s)));
+                let names = self.names.clone();
+                more = self.step(|flow| ready.push_back(row(flow, &names, now_s)));
                 return Some(None);
             }
             (!std::mem::replace(&mut ended, true)).then_some(Some(Reply::End { count }))
@@ -268,10 +253,6 @@ impl Walk {
 mod tests {
     use super::*;
     use crate::table::flow_map::{FlowMapConfig, NewFlow};
-
-    fn phase_name(phase: u8) -> &'static str {
-        if phase == 0 { "syn-sent" } else { "established" }
-    }
 
     fn addr(text: &str) -> Addr {
         text.parse::<IpAddr>().unwrap().into()
@@ -332,7 +313,7 @@ mod tests {
 
     fn walk(filter: FlowFilter) -> Walk {
         let (map, names) = filled();
-        Walk::new(map, names, Filter::parse(&filter).unwrap(), phase_name)
+        Walk::new(map, names, Filter::parse(&filter).unwrap())
     }
 
     fn count(filter: FlowFilter) -> u64 {
@@ -360,7 +341,7 @@ mod tests {
             (FlowFilter { service: some("default/web:http"), ..none.clone() }, 3000),
             (FlowFilter { service: some("default/we"), ..none.clone() }, 0),
             (FlowFilter { state: some("established"), ..none.clone() }, 3001),
-            (FlowFilter { state: some("syn-sent"), ..none.clone() }, 0),
+            (FlowFilter { state: some("opening"), ..none.clone() }, 0),
             (FlowFilter { endpoint: some("10.244.1.7"), client: some("10.0.0.0/8"), ..none }, 0),
         ];
         for (filter, expected) in cases {
@@ -409,7 +390,7 @@ mod tests {
         let (map, names) = filled();
         let filter = FlowFilter { endpoint: Some("10.244.1.7".into()), ..Default::default() };
         let filter = Filter::parse(&filter).unwrap();
-        let flushed = Walk::new(map.clone(), names, filter, phase_name).flush().flatten().last();
+        let flushed = Walk::new(map.clone(), names, filter).flush().flatten().last();
         assert_eq!(flushed, Some(Reply::FlowCount { count: 1000 }));
         assert_eq!(map.len(), 2001);
     }

@@ -87,7 +87,8 @@ impl Kind {
             "journal" => Kind::Journal,
             _ => return None,
         };
-        Some((kind, sequence.parse().ok()?))
+        // Ten digits, so that the next number always exists.
+        (sequence.len() == 10).then(|| sequence.parse().ok()).flatten().map(|sequence| (kind, sequence))
     }
 }
 

@@ -10,7 +10,7 @@
 //! transmit rings. Control waits for that before it answers a commit, and before it takes steering entries away.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,7 @@ pub struct WorkerLink {
     index: usize,
     in_force: CachePadded<AtomicU64>,
     heartbeat_ns: CachePadded<AtomicU64>,
+    asleep: AtomicBool,
     counters: Counters,
     wake: OwnedFd,
 }
@@ -37,6 +38,7 @@ impl WorkerLink {
             index,
             in_force: CachePadded::new(AtomicU64::new(0)),
             heartbeat_ns: CachePadded::new(AtomicU64::new(0)),
+            asleep: AtomicBool::new(false),
             counters: Counters::default(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
@@ -72,6 +74,16 @@ impl WorkerLink {
     /// When the worker last said that it is alive, nanoseconds of CLOCK_MONOTONIC; 0 before it started.
     pub fn heartbeat_ns(&self) -> u64 {
         self.heartbeat_ns.load(Ordering::Relaxed)
+    }
+
+    /// Worker: it begins to sleep for want of packets, or has woken up. For people only.
+    pub fn set_asleep(&self, asleep: bool) {
+        self.asleep.store(asleep, Ordering::Relaxed);
+    }
+
+    /// True if the worker sleeps for want of packets.
+    pub fn is_asleep(&self) -> bool {
+        self.asleep.load(Ordering::Relaxed)
     }
 
     /// Wakes the worker if it sleeps. Any thread; costs one write to an eventfd.
@@ -259,7 +271,6 @@ impl Reader {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicBool;
     use std::thread;
 
     use super::*;

@@ -2,14 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use config::control::{EndpointRow, Item, NamespaceRow, NodeRow, Noun, PodRow, ServiceRow};
+use config::control::{EndpointRow, Item, NamespaceRow, NodeRow, PodRow, ServiceRow};
 use config::object::Object;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::Compiler;
 use super::service::is_vip;
 use crate::addr::Addr;
-use crate::control::facts::{AddressKind, ServiceFacts, ServiceType, Skip, SliceFacts, protocol_name};
+use crate::control::facts::{AddressKind, Facts, ServiceFacts, ServiceType, Skip, SliceFacts, protocol_name};
 use crate::control::state::{Entry, State};
 use crate::tables::Action;
 use crate::verdict::Reason;
@@ -71,53 +71,17 @@ impl Compiler {
         }
     }
 
-    /// Rows of a noun that is a Kubernetes object; `None` for others. `namespace` and `name` choose among them.
-    pub fn rows(
-        &self,
-        state: &State,
-        what: Noun,
-        namespace: Option<&str>,
-        name: Option<&str>,
-    ) -> Option<Vec<Item>> {
-        let here = |entry: &Entry| {
-            let reference = &entry.reference;
-            (!reference.kind.is_namespaced()
-                || namespace.is_none_or(|namespace| reference.namespace == namespace))
-                && name.is_none_or(|name| reference.name == name)
-        };
-        Some(match what {
-            Noun::Services => {
-                let services = state.services().filter(|(entry, _)| here(entry));
-                services.map(|(entry, facts)| Item::Service(self.service_row(state, entry, facts))).collect()
+    /// An object as rows: a slice as one for each endpoint and port, everything else as one.
+    pub fn rows(&self, state: &State, entry: &Entry) -> Vec<Item> {
+        match &entry.facts {
+            Facts::Service(facts) => vec![Item::Service(self.service_row(state, entry, facts))],
+            Facts::Slice(facts) => {
+                endpoint_rows(state, entry, facts).into_iter().map(Item::Endpoint).collect()
             }
-            Noun::Endpoints => {
-                // By the name of the Service, since that is what people know.
-                let of_service =
-                    |facts: &SliceFacts| name.is_none_or(|name| facts.service.as_deref() == Some(name));
-                let in_namespace =
-                    |entry: &Entry| namespace.is_none_or(|own| entry.reference.namespace == own);
-                let slices = state.slices().filter(|(entry, facts)| in_namespace(entry) && of_service(facts));
-                slices
-                    .flat_map(|(entry, facts)| endpoint_rows(state, entry, facts))
-                    .map(Item::Endpoint)
-                    .collect()
-            }
-            Noun::Nodes => {
-                let nodes = state.nodes().filter(|(entry, _)| here(entry));
-                nodes.map(|(entry, facts)| Item::Node(self.node_row(entry, facts))).collect()
-            }
-            Noun::Pods => state
-                .pods()
-                .filter(|(entry, _)| here(entry))
-                .map(|(entry, _)| Item::Pod(pod_row(entry)))
-                .collect(),
-            Noun::Namespaces => state
-                .of_kind(config::control::Kind::Namespace)
-                .filter(|entry| here(entry))
-                .map(|entry| Item::Namespace(namespace_row(entry)))
-                .collect(),
-            _ => return None,
-        })
+            Facts::Node(facts) => vec![Item::Node(self.node_row(entry, facts))],
+            Facts::Pod(_) => vec![Item::Pod(pod_row(entry))],
+            Facts::Namespace => vec![Item::Namespace(namespace_row(entry))],
+        }
     }
 
     fn node_row(&self, entry: &Entry, facts: &crate::control::facts::NodeFacts) -> NodeRow {

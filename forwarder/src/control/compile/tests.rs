@@ -452,24 +452,18 @@ fn a_description_of_what_is_off_or_unused() {
 }
 
 #[test]
-fn rows_are_chosen_by_namespace_and_name() {
-    let cluster = Cluster::new(
-        HEAD,
-        &format!(
-            "{WEB}---\nkind: Pod\nmetadata: {{name: a}}\n---\nkind: Pod\nmetadata: {{name: b, namespace: shop}}\n"
-        ),
-    );
+fn objects_become_rows() {
+    let cluster = Cluster::new(HEAD, &format!("{WEB}---\nkind: Pod\nmetadata: {{name: a}}\n"));
     let compiler = cluster.compiler(&[]);
-    let count = |what, namespace, name| compiler.rows(&cluster.state, what, namespace, name).unwrap().len();
-    use config::control::Noun;
-    assert_eq!(count(Noun::Services, None, None), 1);
-    assert_eq!(count(Noun::Services, Some("default"), None), 0);
-    assert_eq!(count(Noun::Endpoints, Some("shop"), Some("web")), 8);
-    assert_eq!(count(Noun::Endpoints, None, Some("other")), 0);
-    assert_eq!(count(Noun::Pods, None, None), 2);
-    assert_eq!(count(Noun::Pods, Some("shop"), None), 1);
-    assert_eq!(count(Noun::Nodes, Some("shop"), None), 1);
-    assert!(compiler.rows(&cluster.state, Noun::Routes, None, None).is_none());
+    let count = |kind| {
+        let entries = cluster.state.of_kind(kind);
+        entries.map(|entry| compiler.rows(&cluster.state, entry).len()).sum::<usize>()
+    };
+    use config::control::Kind;
+    assert_eq!(count(Kind::Service), 1);
+    assert_eq!(count(Kind::EndpointSlice), 8, "one for each endpoint and port");
+    assert_eq!(count(Kind::Pod), 1);
+    assert_eq!(count(Kind::Node), cluster.state.nodes().count());
 }
 
 /// One step of a random history.

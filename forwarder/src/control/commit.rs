@@ -1,0 +1,623 @@
+//! The commit thread: one change after the other from request to force.
+//!
+//! A change is staged on the state and judged whole; compiled; made room for in the steering maps; written to the journal;
+//! published; synced to disk. Up to the publish anything that fails takes it back and refuses it, with the running state
+//! untouched. Then its client waits until every worker has the generation in force, at most a second, while the thread
+//! goes on with other changes. Changes that come within a millisecond share one generation.
+//!
+//! When the newest generation is in force everywhere, what only older ones needed goes: steering entries and stale UDP flows.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use config::control::{Change, Committed, Outcome, Reply, Request};
+use config::fault::{Code, Fault, Source};
+use config::object::Object;
+use crossbeam::channel::{Receiver, RecvTimeoutError};
+
+use super::compile::cleanup::UdpCleanup;
+use super::compile::{Compilation, identities};
+use super::health::{Event, Watch, monotonic_ns};
+use super::persist::{PersistError, SnapshotJob, StateDir};
+use super::publish::look_again_after;
+use super::restore;
+use super::socket::{Ticket, Transaction};
+use super::state::{Accepted, Operation, Refusal, Touch};
+use super::{Shared, Steer, World};
+use crate::addr::Addr;
+use crate::kernel::fib::Wanted;
+use crate::port::xsk::steer::Contents;
+use crate::tables::{Fib, Route};
+
+/// Changes that come within this time share a generation: at most 1,000 generations a second.
+const PACE: Duration = Duration::from_millis(1);
+
+/// How long a client waits for its generation to be in force everywhere.
+const IN_FORCE_WITHIN: Duration = Duration::from_secs(1);
+
+/// How often workers, addresses and old snapshots are looked at when nothing else happens.
+const TICK: Duration = Duration::from_millis(25);
+
+/// How often the counters of the steering program are fetched from the keeper.
+const COUNT_EVERY: Duration = Duration::from_millis(500);
+
+/// Flow records looked at between two looks for changes while stale flows are searched.
+const CLEANUP_STEP: u32 = 4096;
+
+/// Most bytes of names in an answer to a commit, so that the answer fits a line of the protocol.
+const CHANGES_BYTES: usize = 1 << 20;
+
+/// A complete change and the duty to answer it.
+pub struct Job {
+    /// The change as it was sent.
+    pub transaction: Transaction,
+    /// Who waits.
+    pub ticket: Ticket,
+}
+
+/// A change that is in the state but not published yet.
+struct Member {
+    ticket: Ticket,
+    accepted: Accepted,
+}
+
+/// A client whose generation is on its way into force.
+struct Waiter {
+    generation: u64,
+    since: Instant,
+    ticket: Ticket,
+    committed: Committed,
+}
+
+/// The gateway's own addresses, as the forwarding table has them.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct OwnAddresses {
+    /// First addresses of the ports.
+    pub ports: Vec<Addr>,
+    /// All addresses of the gateway.
+    pub all: Vec<Addr>,
+}
+
+impl OwnAddresses {
+    /// Reads them from the forwarding table.
+    pub fn of(fib: &Fib) -> OwnAddresses {
+        let ports = fib.ports.iter().flat_map(|port| port.v4.into_iter().chain(port.v6)).collect();
+        let is_host = |net: &ipnet::IpNet| net.prefix_len() == net.max_prefix_len();
+        let local = fib.routes.iter().filter(|(net, route)| *route == Route::Local && is_host(net));
+        OwnAddresses { ports, all: local.map(|(net, _)| net.addr().into()).collect() }
+    }
+}
+
+/// What the commit thread owns.
+pub struct Committer {
+    shared: Arc<Shared>,
+    dir: StateDir,
+    steer: Box<dyn Steer>,
+    routes: Box<dyn FnMut(Wanted) + Send>,
+    /// What the steering maps hold, and what they should hold for the newest generation.
+    in_maps: Contents,
+    wanted_in_maps: Contents,
+    own: OwnAddresses,
+    epoch: u32,
+    generation: u64,
+    published: Instant,
+    waiters: Vec<Waiter>,
+    /// Steering entries and flows of older generations are still to be removed.
+    is_settled: bool,
+    cleanup: UdpCleanup,
+    /// The next flow record to look at, while stale flows are searched.
+    cleanup_cursor: Option<u32>,
+    snapshot: Option<std::thread::JoinHandle<Result<u64, PersistError>>>,
+    watch: Watch,
+    looked: Instant,
+    counted: Instant,
+}
+
+impl Committer {
+    /// Puts the restored state in force: compiles it, opens the steering maps for it, publishes it.
+    ///
+    /// # Errors
+    /// The steering maps have no room for it.
+    pub(super) fn start(
+        shared: Arc<Shared>,
+        dir: StateDir,
+        steer: Box<dyn Steer>,
+        routes: Box<dyn FnMut(Wanted) + Send>,
+        generation: u64,
+    ) -> Result<Committer, Fault> {
+        let in_maps = steer.contents().map_err(steering_fault)?;
+        let mut committer = Committer {
+            dir,
+            steer,
+            routes,
+            wanted_in_maps: Contents::default(),
+            in_maps,
+            own: OwnAddresses::of(&shared.publisher.fib()),
+            epoch: shared.publisher.fib().epoch,
+            generation: generation.max(1) - 1,
+            published: Instant::now(),
+            waiters: Vec::new(),
+            is_settled: true,
+            cleanup: UdpCleanup::default(),
+            cleanup_cursor: None,
+            snapshot: None,
+            watch: Watch::default(),
+            looked: Instant::now(),
+            counted: Instant::now(),
+            shared: shared.clone(),
+        };
+        let mut world = shared.write_world();
+        world.compiler.set_own_addresses(committer.own.ports.clone());
+        let touch = |entry: &Arc<super::state::Entry>| Touch {
+            reference: entry.reference.clone(),
+            old: None,
+            new: Some(entry.clone()),
+        };
+        let touched: Vec<Touch> = world.state.entries().map(touch).collect();
+        let mut compilation = committer.compile(&mut world, &touched);
+        compilation.steering_changed = true;
+        compilation.routes_changed = true;
+        committer.grow(&world, &compilation)?;
+        committer.publish(&world, compilation);
+        drop(world);
+        if committer.dir.needs_rotation() {
+            committer.rotate();
+        }
+        Ok(committer)
+    }
+
+    /// Runs until `jobs` is closed.
+    pub fn run(mut self, jobs: &Receiver<Job>) {
+        loop {
+            match jobs.recv_timeout(self.patience()) {
+                Ok(first) => {
+                    // The pace gives others the chance to be in this generation.
+                    std::thread::sleep(PACE.saturating_sub(self.published.elapsed()));
+                    let jobs: Vec<Job> = std::iter::once(first).chain(jobs.try_iter()).collect();
+                    self.commit(jobs);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            self.answer_waiters();
+            self.settle();
+            self.clean_up();
+            if self.looked.elapsed() >= TICK {
+                self.look_around();
+            }
+        }
+        if let Some(snapshot) = self.snapshot.take() {
+            let _ = snapshot.join();
+        }
+    }
+
+    /// How long the thread may sleep if no change comes.
+    fn patience(&self) -> Duration {
+        if self.cleanup_cursor.is_some() {
+            return Duration::ZERO;
+        }
+        match self.waiters.first() {
+            Some(waiter) => look_again_after(waiter.since.elapsed()),
+            None if !self.is_settled => look_again_after(self.published.elapsed()),
+            None => TICK,
+        }
+    }
+
+    /// Puts changes into one generation, each of them whole or not at all.
+    fn commit(&mut self, jobs: Vec<Job>) {
+        let shared = self.shared.clone();
+        if self.dir.needs_rotation() {
+            // Before the change, since the snapshot that belongs before the new journal must not have it.
+            self.rotate();
+        }
+        let journal_bytes = self.dir.journal_bytes();
+        let mut world = shared.write_world();
+        let mut members = Vec::new();
+        // What holds staging memory is dropped at the end of each round.
+        for Job { transaction, ticket } in jobs {
+            match self.stage(&mut world, transaction, !members.is_empty()) {
+                Ok(Verdict::Keep(accepted)) => members.push(Member { ticket, accepted }),
+                Ok(Verdict::Answer(committed)) => ticket.answer(Reply::Committed(*committed)),
+                Err(refusal) => ticket.answer(refused(refusal)),
+            }
+        }
+        if members.is_empty() {
+            return;
+        }
+        let touched: Vec<Touch> = members.iter().flat_map(|m| m.accepted.touched.iter().cloned()).collect();
+        let compilation = self.compile(&mut world, &touched);
+        if let Err(fault) = self.grow(&world, &compilation) {
+            self.take_back(&mut world, &touched, journal_bytes);
+            for member in members {
+                let warnings = member.accepted.warnings;
+                let refusal = Refusal { faults: vec![fault.clone()], more: 0, warnings };
+                member.ticket.answer(refused(refusal));
+            }
+            return;
+        }
+        self.publish(&world, compilation);
+        drop(world);
+        let unsynced = self.dir.sync().err().map(|error| self.storage_fault(&error));
+        for Member { ticket, accepted } in members {
+            let mut committed = Committed {
+                generation: self.generation,
+                changes: accepted.changes,
+                warnings: accepted.warnings,
+                ..Committed::default()
+            };
+            committed.warnings.extend(unsynced.clone());
+            shorten(&mut committed);
+            let (generation, since) = (self.generation, Instant::now());
+            self.waiters.push(Waiter { generation, since, ticket, committed });
+        }
+        if self.dir.wants_rotation() {
+            self.rotate();
+        }
+    }
+
+    /// Applies a change to the state and writes it to the journal. `follows`: the generation has changes already.
+    fn stage(
+        &mut self,
+        world: &mut World,
+        transaction: Transaction,
+        follows: bool,
+    ) -> Result<Verdict, Refusal> {
+        let begin = transaction.begin;
+        let current = self.generation + u64::from(follows);
+        if let Some(expected) = begin.expect_generation.filter(|expected| *expected != current) {
+            let fault = Fault::new(Code::Generation, format!("the generation is {current}"));
+            let fault = fault.field("expect_generation").value(expected);
+            return Err(fault.remedy("look at what changed and try again").into());
+        }
+        let (operations, mut warnings) = read(transaction.operations)?;
+        let is_empty = operations.is_empty() && !begin.prune;
+        let World { state, compiler } = world;
+        let staged = state.stage(&compiler.rules(), operations, begin.prune).map_err(|mut refusal| {
+            refusal.warnings.splice(0..0, warnings.clone());
+            refusal
+        })?;
+        if begin.dry_run || is_empty || staged.accepted().touched.is_empty() && !follows {
+            let accepted = staged.accepted();
+            warnings.extend(accepted.warnings.iter().cloned());
+            let mut committed = Committed {
+                generation: self.generation,
+                dry_run: begin.dry_run,
+                changes: accepted.changes.clone(),
+                warnings,
+                ..Committed::default()
+            };
+            shorten(&mut committed);
+            self.fill_in_force(&mut committed);
+            return Ok(Verdict::Answer(Box::new(committed)));
+        }
+        let lines = restore::lines(&staged.accepted().touched);
+        if let Err(error) = self.dir.append(self.generation + 1, &lines) {
+            // Dropping what is staged takes it back. Without a journal, the reason for that says more.
+            drop(staged);
+            let known = self.shared.problem_of("storage").filter(|_| self.dir.needs_rotation());
+            return Err(known.unwrap_or_else(|| self.storage_fault(&error)).into());
+        }
+        let mut accepted = staged.commit();
+        warnings.append(&mut accepted.warnings);
+        accepted.warnings = warnings;
+        Ok(Verdict::Keep(accepted))
+    }
+
+    fn compile(&mut self, world: &mut World, touched: &[Touch]) -> Compilation {
+        let World { state, compiler } = world;
+        compiler.compile(state, touched, self.generation + 1)
+    }
+
+    /// Makes the steering maps catch what the new tables serve, besides what the old ones do.
+    fn grow(&mut self, world: &World, compilation: &Compilation) -> Result<(), Fault> {
+        if !compilation.steering_changed {
+            return Ok(());
+        }
+        let wanted = world.compiler.steer_set(&world.state, &self.own.all).contents();
+        let (grow, _) = self.in_maps.difference(&wanted);
+        if !grow.is_empty()
+            && let Err(error) = self.steer.apply(grow.clone())
+        {
+            // Some of it may be in the maps.
+            self.in_maps = self.steer.contents().unwrap_or_else(|_| self.in_maps.clone());
+            let back = self.wanted_in_maps.clone();
+            self.steer_to(&back);
+            return Err(steering_fault(error));
+        }
+        self.in_maps.apply(&grow);
+        self.wanted_in_maps = wanted;
+        Ok(())
+    }
+
+    /// Brings the maps to exactly `wanted`.
+    fn steer_to(&mut self, wanted: &Contents) {
+        let (grow, shrink) = self.in_maps.difference(wanted);
+        for change in [grow, shrink].into_iter().filter(|change| !change.is_empty()) {
+            match self.steer.apply(change.clone()) {
+                Ok(()) => {
+                    self.in_maps.apply(&change);
+                    self.shared.solved("steering");
+                }
+                Err(error) => {
+                    self.shared.problem("steering", steering_fault(error));
+                    self.in_maps = self.steer.contents().unwrap_or_else(|_| self.in_maps.clone());
+                }
+            }
+        }
+    }
+
+    /// Makes a compilation the newest generation.
+    fn publish(&mut self, world: &World, compilation: Compilation) {
+        self.generation += 1;
+        debug_assert_eq!(compilation.tables.generation, self.generation);
+        let routes_changed = compilation.routes_changed;
+        self.shared.publisher.publish_tables(compilation.tables);
+        self.published = Instant::now();
+        self.is_settled = false;
+        self.cleanup.merge(compilation.udp_cleanup);
+        if routes_changed {
+            let pod_routes = identities::pod_routes(&world.state, &self.shared.gateway);
+            let endpoints =
+                world.state.slices().flat_map(|(_, slice)| slice.endpoints.iter().map(|e| e.addr));
+            (self.routes)(Wanted { pod_routes, endpoints: endpoints.collect() });
+        }
+        self.shared.publisher.reap();
+    }
+
+    /// Takes changes back that are in the state and in the journal, but in no published table.
+    fn take_back(&mut self, world: &mut World, touched: &[Touch], journal_bytes: u64) {
+        self.dir.undo(journal_bytes);
+        let World { state, compiler } = world;
+        let undone =
+            state.stage(&compiler.rules(), restore::inverse(touched), false).map(|s| s.commit().touched);
+        match undone {
+            Ok(undone) => drop(compiler.compile(state, &undone, self.generation)),
+            Err(refusal) => {
+                // It was valid before. If this is ever seen, restarting gives the state of the journal.
+                let fault =
+                    refusal.faults.into_iter().next().unwrap_or_else(|| {
+                        Fault::new(Code::Other, "a refused change could not be taken back")
+                    });
+                self.shared.problem("state", fault.remedy("restart towpathd"));
+            }
+        }
+    }
+
+    fn fill_in_force(&self, committed: &mut Committed) {
+        let in_force = self.shared.publisher.in_force(committed.generation);
+        committed.workers_in_force = in_force.workers as u32;
+        committed.workers = in_force.of as u32;
+    }
+
+    /// Answers those whose generation is in force everywhere, and those who have waited long enough.
+    fn answer_waiters(&mut self) {
+        let publisher = &self.shared.publisher;
+        let waiters = std::mem::take(&mut self.waiters);
+        let (done, waiting): (Vec<_>, Vec<_>) = waiters.into_iter().partition(|waiter| {
+            waiter.since.elapsed() >= IN_FORCE_WITHIN || publisher.in_force(waiter.generation).everywhere()
+        });
+        self.waiters = waiting;
+        for Waiter { ticket, mut committed, .. } in done {
+            self.fill_in_force(&mut committed);
+            if committed.workers_in_force < committed.workers {
+                tracing::warn!(
+                    generation = committed.generation,
+                    "in force on {} of {} workers only",
+                    committed.workers_in_force,
+                    committed.workers
+                );
+            }
+            ticket.answer(Reply::Committed(committed));
+        }
+    }
+
+    /// Takes away what only older generations needed, once the newest is in force everywhere.
+    fn settle(&mut self) {
+        if self.is_settled || !self.shared.publisher.in_force(self.generation).everywhere() {
+            return;
+        }
+        self.is_settled = true;
+        let wanted = self.wanted_in_maps.clone();
+        self.steer_to(&wanted);
+        if !self.cleanup.is_empty() {
+            self.cleanup_cursor = Some(0);
+        }
+        self.shared.publisher.reap();
+    }
+
+    /// Looks at the next flows and takes those out of use whose UDP endpoint is gone.
+    fn clean_up(&mut self) {
+        let Some(cursor) = self.cleanup_cursor else { return };
+        let flows = &self.shared.flows;
+        let end = cursor.saturating_add(CLEANUP_STEP).min(flows.capacity() as u32);
+        for flow in (cursor..end).filter_map(|index| flows.snapshot(index)) {
+            if self.cleanup.is_stale(&flow.original, flow.endpoint_addr, flow.endpoint_port) {
+                flows.remove_from_control(flow.id);
+            }
+        }
+        self.cleanup_cursor = Some(end);
+        if end == flows.capacity() as u32 {
+            self.cleanup_cursor = None;
+            // Unless a newer generation added to it, which settles later and starts again.
+            if self.is_settled {
+                self.cleanup = UdpCleanup::default();
+            }
+        }
+    }
+
+    /// What is done every [`TICK`].
+    fn look_around(&mut self) {
+        self.looked = Instant::now();
+        for event in self.watch.look(self.shared.publisher.workers(), monotonic_ns()) {
+            match event {
+                Event::Stuck { worker, age_ms } => {
+                    tracing::error!(worker, "worker makes no progress for {age_ms} ms");
+                }
+                Event::Recovered { worker, after_ms } => {
+                    tracing::warn!(worker, "worker goes on after {after_ms} ms without progress");
+                }
+            }
+        }
+        self.follow_addresses();
+        if self.counted.elapsed() >= COUNT_EVERY {
+            self.counted = Instant::now();
+            self.shared.set_steer_counters(self.steer.counters());
+        }
+        if self.dir.needs_rotation() {
+            self.rotate();
+        }
+        if self.snapshot.as_ref().is_some_and(|thread| thread.is_finished())
+            && let Some(Ok(written)) = self.snapshot.take().map(|thread| thread.join())
+        {
+            match written {
+                Ok(bytes) => {
+                    self.dir.snapshot_written(bytes);
+                    self.shared.solved("storage");
+                }
+                Err(error) => {
+                    self.storage_fault(&error);
+                }
+            }
+        }
+        self.shared.publisher.reap();
+    }
+
+    /// Recompiles if the gateway's own addresses have changed: NodePorts and masquerading depend on them.
+    fn follow_addresses(&mut self) {
+        let fib = self.shared.publisher.fib();
+        if fib.epoch == self.epoch {
+            return;
+        }
+        self.epoch = fib.epoch;
+        let own = OwnAddresses::of(&fib);
+        if own == self.own {
+            return;
+        }
+        self.own = own;
+        let shared = self.shared.clone();
+        let mut world = shared.write_world();
+        world.compiler.set_own_addresses(self.own.ports.clone());
+        let mut compilation = self.compile(&mut world, &[]);
+        compilation.steering_changed = true;
+        match self.grow(&world, &compilation) {
+            Ok(()) => self.publish(&world, compilation),
+            Err(fault) => self.shared.problem("steering", fault),
+        }
+    }
+
+    /// Begins a new journal and has the snapshot before it written by a thread of its own.
+    fn rotate(&mut self) {
+        if self.snapshot.is_some() {
+            return;
+        }
+        match self.dir.rotate() {
+            Ok(job) => {
+                let entries: Vec<_> = self.shared.read_world().state.entries().cloned().collect();
+                self.snapshot = self.start_snapshot(job, entries);
+            }
+            Err(error) => {
+                self.storage_fault(&error);
+            }
+        }
+    }
+
+    fn start_snapshot(
+        &self,
+        job: SnapshotJob,
+        entries: Vec<Arc<super::state::Entry>>,
+    ) -> Option<std::thread::JoinHandle<Result<u64, PersistError>>> {
+        let generation = self.generation;
+        let write = move || job.write(generation, entries.iter().map(|entry| restore::put(entry)));
+        match std::thread::Builder::new().name("snapshot".into()).spawn(write) {
+            Ok(thread) => Some(thread),
+            Err(error) => {
+                // The journals say everything; the next rotation tries again.
+                tracing::warn!("no thread for a snapshot of the objects: {error}");
+                None
+            }
+        }
+    }
+
+    /// Notes that state cannot be kept; returns the fault for clients.
+    fn storage_fault(&self, error: &PersistError) -> Fault {
+        tracing::error!("{error}");
+        let fault = Fault::new(Code::Storage, error.to_string());
+        self.shared.problem("storage", fault.clone());
+        fault
+    }
+}
+
+enum Verdict {
+    /// In the state and in the journal: to be published.
+    Keep(Accepted),
+    /// Nothing to publish.
+    Answer(Box<Committed>),
+}
+
+impl From<Fault> for Refusal {
+    fn from(fault: Fault) -> Refusal {
+        Refusal { faults: vec![fault], more: 0, warnings: Vec::new() }
+    }
+}
+
+fn refused(Refusal { faults, more, warnings }: Refusal) -> Reply {
+    Reply::Refused { faults, more, warnings }
+}
+
+fn steering_fault(error: String) -> Fault {
+    Fault::new(Code::Limit, format!("the steering program cannot be told: {error}"))
+}
+
+/// Reads the objects of a change. Objects of kinds that Towpath does not use are left out with a warning.
+fn read(requests: Vec<Request>) -> Result<(Vec<Operation>, Vec<Fault>), Refusal> {
+    let mut operations = Vec::with_capacity(requests.len());
+    let mut refusal = Refusal::default();
+    let at = |fault: Fault, source: &Source| {
+        if source.file.is_empty() || fault.source.is_some() { fault } else { fault.source(source) }
+    };
+    for request in requests {
+        match request {
+            Request::Apply(apply) => match Object::from_value(apply.object) {
+                Ok((object, warnings)) => {
+                    refusal.warnings.extend(warnings.into_iter().map(|fault| at(fault, &apply.source)));
+                    operations.push(Operation::Apply { object, source: apply.source });
+                }
+                Err(fault) if fault.code == Code::SkippedKind => {
+                    refusal.warnings.push(at(fault, &apply.source))
+                }
+                Err(fault) if refusal.faults.len() < 20 => refusal.faults.push(at(fault, &apply.source)),
+                Err(_) => refusal.more += 1,
+            },
+            Request::Delete(delete) => operations.push(Operation::Delete {
+                object: delete.object,
+                source: delete.source,
+                ignore_not_found: delete.ignore_not_found,
+            }),
+            // The socket stages nothing else.
+            _ => {}
+        }
+    }
+    if refusal.faults.is_empty() { Ok((operations, refusal.warnings)) } else { Err(refusal) }
+}
+
+/// Leaves changes out of an answer that would be too long, those first that are none.
+fn shorten(committed: &mut Committed) {
+    let size = |change: &Change| change.object.name.len() + change.object.namespace.len() + 100;
+    let total = |changes: &[Change]| changes.iter().map(size).sum::<usize>();
+    let before = committed.changes.len();
+    if total(&committed.changes) > CHANGES_BYTES {
+        committed.changes.retain(|change| change.outcome != Outcome::Unchanged);
+        let mut bytes = 0;
+        committed.changes.retain(|change| {
+            bytes += size(change);
+            bytes <= CHANGES_BYTES
+        });
+        let left_out = before - committed.changes.len();
+        let fault = Fault::new(Code::Limit, format!("{left_out} of {before} objects are not listed here"));
+        committed.warnings.push(fault.remedy("see `towpathctl get`"));
+    }
+    committed.warnings.truncate(200);
+}
+
+#[cfg(test)]
+mod tests;
