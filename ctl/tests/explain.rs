@@ -75,6 +75,14 @@ fn a_load_balancer_address_from_outside() {
     "#);
 }
 
+/// The README opens with this very output.
+#[test]
+fn the_readme_is_true() {
+    let readme = include_str!("../../README.md");
+    let output = explain("tcp 198.51.100.7:4242 > 203.0.113.10:8080");
+    assert!(readme.contains(&output), "put this into README.md:\n{output}");
+}
+
 #[test]
 fn everything_that_is_served() {
     let output = ctl(&["-f", CLUSTER]).assert().code(0);
