@@ -272,6 +272,11 @@ def services(f, v):
             echo = f.ip(f.client, f.vip(n)) / ICMPv6EchoRequest(id=fresh(), seq=7, data=b"are you there?")
         case(f"ping-vip{name}-{v}", "A ping of an owned address is answered.", outside(echo))
 
+    # --- none of ours ---
+    case(f"own-port-closed-{v}", "A port of the gateway's own address that nobody listens on.", outside(udp(f, dst=f.own, dport=9)), ledger="kernel-path")
+    case(f"no-route-{v}", "A destination that no route leads to.", outside(udp(f, dst="192.0.2.9" if f.v == 4 else "2001:db8:bad::9")), ledger="kernel-path")
+    case(f"other-node-{v}", "A node's own address is the kernel's to route.", outside(tcp(f, dst=f.node1, dport=22)), ledger="kernel-path")
+
     # --- TTL and MTU ---
     case(f"ttl-1-{v}", "TTL used up: time exceeded, from the Service's address.", outside(udp(f, ttl=1)))
     case(f"ttl-1-tcp-{v}", "The same for TCP.", outside(tcp(f, ip={"ttl": 1})))
@@ -491,7 +496,7 @@ def only_four():
     case("ihl-15-4", "A header longer than the packet.", patched(outside(udp(f, b"")), 14, b"\x4f"))
     case("total-length-long-4", "A total length beyond the frame.", ip_checksum_fixed(patched(outside(udp(f)), 16, struct.pack("!H", 1400))))
     case("total-length-short-4", "A total length shorter than the header.", ip_checksum_fixed(patched(outside(udp(f)), 16, struct.pack("!H", 19))))
-    case("option-record-route-4", "Record route: Linux writes its address, Towpath leaves the work to Linux.", outside(udp(f, options=IPOption_RR(length=11, pointer=4, routers=["0.0.0.0", "0.0.0.0"]))), ledger="ip-options")
+    case("option-record-route-4", "Record route: Linux writes its address, Towpath leaves the option as it is.", outside(udp(f, options=IPOption_RR(length=11, pointer=4, routers=["0.0.0.0", "0.0.0.0"]))), ledger="record-route")
     case("option-nop-4", "Options that ask for nothing.", outside(udp(f, options=[IPOption_NOP()] * 4)))
     case("option-source-route-4", "A loose source route is refused.", outside(udp(f, options=IPOption_LSRR(length=7, pointer=4, routers=["10.1.0.9"]))))
     case("mtu-may-fragment-4", "Too large, but may be fragmented: Linux fragments, Towpath tells the MTU.", outside(udp(f, bytes(1300), dst=f.vip(40), flags=0)), ledger="fragments")
@@ -510,10 +515,10 @@ def only_six():
     sport = fresh()
     options = lambda header: IPv6(src=f.client, dst=f.vip(10)) / header / UDP(sport=fresh(), dport=53) / Raw(b"golden packet")
     case("payload-length-long-6", "A payload length beyond the frame.", patched(outside(udp(f)), 18, struct.pack("!H", 1400)))
-    case("hop-by-hop-6", "A hop-by-hop header that asks for nothing (RFC 8200 4.3).", outside(options(IPv6ExtHdrHopByHop(options=[PadN(optdata=bytes(4))]))), ledger="ip-options")
-    case("destination-options-6", "Destination options before UDP.", outside(options(IPv6ExtHdrDestOpt(options=[PadN(optdata=bytes(4))]))), ledger="ip-options")
-    case("routing-header-0-6", "Routing header type 0 (RFC 5095).", outside(options(IPv6ExtHdrRouting(type=0, segleft=1, addresses=["fd00:1::9"]))), ledger="ip-options")
-    case("atomic-fragment-6", "A fragment header on a whole packet (RFC 6946).", outside(IPv6(src=f.client, dst=f.vip(10)) / IPv6ExtHdrFragment(id=sport, offset=0, m=0) / UDP(sport=sport, dport=53) / Raw(b"golden packet")), ledger="fragments")
+    case("hop-by-hop-6", "A hop-by-hop header that asks for nothing (RFC 8200 4.3).", outside(options(IPv6ExtHdrHopByHop(options=[PadN(optdata=bytes(4))]))))
+    case("destination-options-6", "Destination options before UDP.", outside(options(IPv6ExtHdrDestOpt(options=[PadN(optdata=bytes(4))]))))
+    case("routing-header-0-6", "Routing header type 0 (RFC 5095).", outside(options(IPv6ExtHdrRouting(type=0, segleft=1, addresses=["fd00:1::9"]))))
+    case("atomic-fragment-6", "A fragment header on a whole packet (RFC 6946).", outside(IPv6(src=f.client, dst=f.vip(10)) / IPv6ExtHdrFragment(id=sport, offset=0, m=0) / UDP(sport=sport, dport=53) / Raw(b"golden packet")))
     case("dst-loopback-6", "A loopback destination from the wire.", outside(udp(f, dst="::1")))
 
 

@@ -10,8 +10,10 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 pub enum Strictness {
     /// Every byte shows.
     Exact,
-    /// For packets that a gateway makes itself (ICMP errors, RST, echo replies): the IPv4 identification is left out, and an
-    /// ICMP error is taken with the first 8 bytes behind the inner header (RFC 792), however much more is quoted.
+    /// For packets that a gateway makes itself (ICMP errors, RST, echo replies), where routers are free: the IPv4
+    /// identification, its "don't fragment" (RFC 6864 section 4.1) and the IPv6 flow label are left out; an ICMP error is taken
+    /// with the first 8 bytes behind the inner header (RFC 792), however much more is quoted, and with or without the hop
+    /// that was already counted in the quoted TTL.
     Answer,
 }
 
@@ -108,17 +110,22 @@ fn ipv4(packet: &[u8], strictness: Strictness, depth: Depth, lines: &mut Vec<Str
     let (header, total) = (&packet[..header_len], usize::from(u16_at(packet, 2)));
     let fragment = u16_at(packet, 6);
     let mut line = format!(
-        "ipv4 {} > {} protocol {} ttl {} tos {:#04x} flags {:#x} offset {} ",
+        "ipv4 {} > {} protocol {} tos {:#04x} ",
         v4(&packet[12..]),
         v4(&packet[16..]),
         packet[9],
-        packet[8],
         packet[1],
-        fragment >> 13,
-        (fragment & 0x1fff) * 8,
     );
+    if strictness == Strictness::Exact || depth == Depth::Outer {
+        line += &format!("ttl {} ", packet[8]);
+    }
     if strictness == Strictness::Exact || depth == Depth::Quoted {
-        line += &format!("id {:#06x} length {total} ", u16_at(packet, 4));
+        let offset = (fragment & 0x1fff) * 8;
+        line += &format!(
+            "flags {:#x} offset {offset} id {:#06x} length {total} ",
+            fragment >> 13,
+            u16_at(packet, 4)
+        );
     }
     line += &format!("checksum {}", verdict(u16_at(packet, 10), checksum(&[header])));
     if header_len > 20 {
@@ -146,16 +153,18 @@ fn ipv6(packet: &[u8], strictness: Strictness, depth: Depth, lines: &mut Vec<Str
     }
     let length = usize::from(u16_at(packet, 4));
     let mut line = format!(
-        "ipv6 {} > {} next {} hops {} class {:#04x} label {:#x}",
+        "ipv6 {} > {} next {} class {:#04x}",
         v6(&packet[8..]),
         v6(&packet[24..]),
         packet[6],
-        packet[7],
         (u16_at(packet, 0) >> 4) as u8,
-        u32::from(u16_at(packet, 0) & 15) << 16 | u32::from(u16_at(packet, 2)),
     );
+    if strictness == Strictness::Exact || depth == Depth::Outer {
+        line += &format!(" hops {}", packet[7]);
+    }
     if strictness == Strictness::Exact || depth == Depth::Quoted {
-        line += &format!(" length {length}");
+        let label = u32::from(u16_at(packet, 0) & 15) << 16 | u32::from(u16_at(packet, 2));
+        line += &format!(" label {label:#x} length {length}");
     }
     lines.push(line);
     let end = (40 + length).min(packet.len());
@@ -296,7 +305,7 @@ mod tests {
     fn a_datagram_reads_as_three_lines_and_its_payload() {
         let lines = decode(&unhex(DATAGRAM).unwrap(), Strictness::Exact);
         assert_eq!(lines[0], "ethernet 02:00:00:00:00:02 > 02:00:00:00:00:01");
-        assert!(lines[1].starts_with("ipv4 10.1.0.2 > 10.0.0.1 protocol 17 ttl 64"), "{}", lines[1]);
+        assert!(lines[1].starts_with("ipv4 10.1.0.2 > 10.0.0.1 protocol 17 tos 0x00 ttl 64"), "{}", lines[1]);
         assert!(lines[2].starts_with("udp 2000 > 53 length 10 checksum none"), "{}", lines[2]);
         assert_eq!(lines[3], "payload 2 bytes 6869");
     }

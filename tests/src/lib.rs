@@ -5,8 +5,10 @@
 
 pub mod case;
 pub mod decode;
+pub mod ledger;
 pub mod namespace;
 pub mod oracle;
 pub mod process;
+pub mod pure;
 pub mod twin;
 pub mod wire;

@@ -1,0 +1,115 @@
+//! The ledger: where Towpath differs from Linux on purpose, at most eight entries, each with what it does instead.
+//!
+//! A case that names an entry must differ exactly so; every other case must not differ at all.
+
+use crate::case::{Case, Emitted};
+use crate::decode::{decode, difference};
+
+/// An allowed difference.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// As case files name it.
+    pub name: &'static str,
+    /// What Linux does, what Towpath does, and why.
+    pub about: &'static str,
+    rule: Rule,
+}
+
+/// What Towpath does instead.
+#[derive(Clone, Copy, Debug)]
+enum Rule {
+    /// One packet is forwarded, as recorded but for the IPv4 header's options.
+    OptionsUntouched,
+    /// Nothing leaves, or an ICMP error goes back.
+    SilentOrAnswer,
+    /// The packet is forwarded, its checksum as wrong as it came.
+    StaysWrong,
+    /// Nothing leaves the pipeline: the kernel is handed the packet.
+    Kernel,
+}
+
+/// Every allowed difference.
+pub const ENTRIES: &[Entry] = &[
+    Entry {
+        name: "fragments",
+        about: "Linux reassembles fragments to translate them; Towpath drops fragments of Services, counted as `fragment`, and \
+                answers packets that would need fragmenting with the MTU, even where the sender allows it.",
+        rule: Rule::SilentOrAnswer,
+    },
+    Entry {
+        name: "bad-l4-checksum",
+        about: "Linux's conntrack verifies checksums and drops; Towpath updates them incrementally (RFC 1624), so that a wrong \
+                one arrives as wrong as it came and the receiver drops it.",
+        rule: Rule::StaysWrong,
+    },
+    Entry {
+        name: "record-route",
+        about: "Linux writes its address into an IPv4 record route option (RFC 791); Towpath leaves the option as it came, which \
+                routers commonly do.",
+        rule: Rule::OptionsUntouched,
+    },
+    Entry {
+        name: "kernel-path",
+        about: "Packets that are none of ours are handed to the kernel untouched, which does with them what it did alone.",
+        rule: Rule::Kernel,
+    },
+];
+
+/// Whether a difference is the one that is meant.
+#[derive(Debug)]
+pub enum Judgement {
+    /// It is.
+    Meant,
+    /// It is not, and why.
+    Wrong(String),
+}
+
+/// Judges what Towpath made of a case that names `entry`. `emitted`: what left for each step.
+pub fn judge(entry: &str, case: &Case, emitted: &[Vec<Emitted>]) -> Judgement {
+    let Some(entry) = ENTRIES.iter().find(|known| known.name == entry) else {
+        return Judgement::Wrong(format!("the ledger has no entry {entry}"));
+    };
+    for (step, got) in case.steps.iter().zip(emitted) {
+        let wrong = |why: &str| {
+            let lines: Vec<String> = got.iter().flat_map(Emitted::lines).collect();
+            Judgement::Wrong(format!("{why}; emitted:\n{}", difference(&[], &lines)))
+        };
+        match entry.rule {
+            Rule::Kernel if !got.is_empty() => return wrong("nothing may leave"),
+            Rule::SilentOrAnswer if got.iter().any(|out| out.side != step.side) => {
+                return wrong("nothing may be forwarded");
+            }
+            Rule::OptionsUntouched => {
+                let header = |out: &Emitted| {
+                    let mut lines = out.lines();
+                    lines.retain(|line| !line.starts_with("ipv4 "));
+                    lines
+                };
+                let alike = got.len() == 1
+                    && step.expected.len() == 1
+                    && header(&got[0]) == header(&step.expected[0]);
+                if !alike || got[0].frame[34..] == step.expected[0].frame[34..] {
+                    return wrong("one packet with its options untouched must leave");
+                }
+            }
+            Rule::StaysWrong => {
+                let forwarded = got.len() == 1 && got[0].side != step.side;
+                let bad =
+                    |out: &Emitted| decode(&out.frame, out.strictness).iter().any(|l| l.contains("right is"));
+                if !forwarded || !bad(&got[0]) {
+                    return wrong("one packet with a wrong checksum must leave");
+                }
+            }
+            Rule::Kernel | Rule::SilentOrAnswer => {}
+        }
+    }
+    Judgement::Meant
+}
+
+/// True if both say the same on the wire, as closely as [`crate::decode::Strictness`] of what was recorded asks for.
+pub fn same(expected: &[Emitted], got: &[Emitted]) -> bool {
+    expected.len() == got.len()
+        && expected.iter().zip(got).all(|(e, g)| {
+            e.side == g.side && decode(&e.frame, e.strictness) == decode(&g.frame, e.strictness)
+        })
+}
