@@ -274,7 +274,6 @@ def services(f, v):
 
     # --- none of ours ---
     case(f"own-port-closed-{v}", "A port of the gateway's own address that nobody listens on.", outside(udp(f, dst=f.own, dport=9)), ledger="kernel-path")
-    case(f"no-route-{v}", "A destination that no route leads to.", outside(udp(f, dst="192.0.2.9" if f.v == 4 else "2001:db8:bad::9")), ledger="kernel-path")
     case(f"other-node-{v}", "A node's own address is the kernel's to route.", outside(tcp(f, dst=f.node1, dport=22)), ledger="kernel-path")
 
     # --- TTL and MTU ---
@@ -295,7 +294,7 @@ def services(f, v):
     case(f"mtu-one-more-{v}", "One byte too large.", outside(udp(f, bytes(fits + 1), dst=f.vip(40))))
 
     # --- checksums ---
-    case(f"udp-checksum-zero-{v}", "No checksum: IPv4 keeps it so (RFC 768), IPv6 forbids it (RFC 8200 8.1).", without_checksum(f))
+    case(f"udp-checksum-zero-{v}", "No checksum: IPv4 keeps it so (RFC 768), IPv6 forbids it (RFC 8200 8.1).", without_checksum(f), ledger="udp6-without-checksum" if f.v == 6 else None)
     case(f"udp-checksum-bad-{v}", "A wrong UDP checksum: Linux drops, Towpath forwards it as wrong as it came.", broken(outside(udp(f)), f, 6), ledger="bad-l4-checksum")
     case(f"tcp-checksum-bad-{v}", "A wrong TCP checksum: the same.", broken(outside(tcp(f)), f, 16), ledger="bad-l4-checksum")
     case(f"udp-checksum-ffff-{v}", "A checksum that comes out as zero is sent as ffff (RFC 768).", becoming_zero(f))
@@ -512,13 +511,14 @@ def tiny():
 
 def only_six():
     f = SIX
+    case("no-route-6", "A destination that no route leads to.", outside(udp(f, dst="2001:db8:bad::9")), ledger="kernel-path")
     sport = fresh()
     options = lambda header: IPv6(src=f.client, dst=f.vip(10)) / header / UDP(sport=fresh(), dport=53) / Raw(b"golden packet")
     case("payload-length-long-6", "A payload length beyond the frame.", patched(outside(udp(f)), 18, struct.pack("!H", 1400)))
     case("hop-by-hop-6", "A hop-by-hop header that asks for nothing (RFC 8200 4.3).", outside(options(IPv6ExtHdrHopByHop(options=[PadN(optdata=bytes(4))]))))
     case("destination-options-6", "Destination options before UDP.", outside(options(IPv6ExtHdrDestOpt(options=[PadN(optdata=bytes(4))]))))
     case("routing-header-0-6", "Routing header type 0 (RFC 5095).", outside(options(IPv6ExtHdrRouting(type=0, segleft=1, addresses=["fd00:1::9"]))))
-    case("atomic-fragment-6", "A fragment header on a whole packet (RFC 6946).", outside(IPv6(src=f.client, dst=f.vip(10)) / IPv6ExtHdrFragment(id=sport, offset=0, m=0) / UDP(sport=sport, dport=53) / Raw(b"golden packet")))
+    case("atomic-fragment-6", "A fragment header on a whole packet (RFC 6946).", outside(IPv6(src=f.client, dst=f.vip(10)) / IPv6ExtHdrFragment(id=sport, offset=0, m=0) / UDP(sport=sport, dport=53) / Raw(b"golden packet")), ledger="atomic-fragment")
     case("dst-loopback-6", "A loopback destination from the wire.", outside(udp(f, dst="::1")))
 
 

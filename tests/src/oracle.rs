@@ -35,8 +35,8 @@ impl Oracle {
         Ok(Oracle { twin })
     }
 
-    /// What the kernel makes of a case.
-    pub fn play(&self, case: &Case) -> Result<Vec<Vec<Emitted>>> {
-        self.twin.play(case, Duration::from_millis(40))
+    /// What the kernel makes of a case. `quiet`: how long to wait for what is not expected.
+    pub fn play(&self, case: &Case, quiet: Duration) -> Result<Vec<Vec<Emitted>>> {
+        self.twin.play(case, quiet)
     }
 }

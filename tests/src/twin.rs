@@ -53,6 +53,9 @@ pub const ROUTES: &[(&str, &str, Option<u16>)] = &[
     ("fd00:244:3::/64", "fd00:2::13", Some(1280)),
 ];
 
+/// How long a frame that should come may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// A gateway in a namespace and the wires to it.
 #[derive(Debug)]
 pub struct Twin {
@@ -110,19 +113,17 @@ impl Twin {
 
     /// Plays the frames of a case, each to its end, and returns what left the gateway for each.
     ///
-    /// Waits `quiet` for a frame, and after the last one for another.
+    /// Waits `quiet` for frames that nobody expects, and longer for as many as were recorded.
     pub fn play(&self, case: &Case, quiet: Duration) -> Result<Vec<Vec<Emitted>>> {
         let mut all = Vec::new();
         for step in &case.steps {
-            let wire = self.wire(step.side);
-            wire.send(&step.frame)?;
+            self.wire(step.side).send(&step.frame)?;
             let mut emitted = Vec::new();
-            // What was recorded comes fast; only for what should not come it is worth to wait.
-            let mut patience = quiet;
-            while let Some((side, frame)) = self.next(patience)? {
+            loop {
+                let patience = if emitted.len() < step.expected.len() { PATIENCE } else { quiet };
+                let Some((side, frame)) = self.next(patience)? else { break };
                 let strictness = strictness(step.side, &step.frame, side, &frame);
                 emitted.push(Emitted { side, frame, strictness });
-                patience = quiet / 4;
             }
             all.push(emitted);
         }

@@ -15,7 +15,14 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
         if !packet.undecided() || packet.layer4 != Layer4::IcmpError {
             continue;
         }
-        let Some(quoted) = quoted_tuple(packet) else { continue };
+        let Some(quoted) = quoted_tuple(packet) else {
+            // Without the ports nothing can be translated, and untranslated it would show a pod's address to a client.
+            let end = usize::from(packet.l3) + usize::from(packet.ip_len);
+            if quote(packet).is_some_and(|quote| quote.l4 + 8 > end) {
+                packet.drop(Reason::Truncated);
+            }
+            continue;
+        };
         // The quoted packet went out as the answer to what we look for.
         let received = quoted.reversed();
         let Some(hit) = cx.flows.lookup(&received, cx.flows.hash(&received)) else { continue };

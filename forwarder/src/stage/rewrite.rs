@@ -311,6 +311,8 @@ fn write_ip_header(
         packet.frame.set_len(l4 + payload_len).ok()?;
         let mut header = [0u8; ipv4::HEADER_LEN];
         header[0] = 0x45;
+        // ICMP errors have the precedence of internetwork control (RFC 1812 section 4.3.2.5).
+        header[1] = if protocol == crate::addr::protocol::ICMP { 0xc0 } else { 0 };
         put_word(&mut header, 2, (ipv4::HEADER_LEN + payload_len) as u16);
         put_word(&mut header, 6, ipv4::DONT_FRAGMENT);
         header[8] = OWN_TTL;
