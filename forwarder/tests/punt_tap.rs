@@ -10,7 +10,6 @@ use std::time::Duration;
 use etherparse::PacketBuilder;
 use forwarder::addr::protocol::UDP;
 use forwarder::keeper::tap::Tap;
-use forwarder::port::tap::redirect;
 use forwarder::port::xsk::steer::{AttachMode, LocalAddress, LocalPort, SteerSet, SteerSizes, Steering};
 use netns::{Namespace, is_root};
 
@@ -56,8 +55,7 @@ fn rig(mode: AttachMode) -> Rig {
     let (grow, _) = steering.contents().difference(&set.contents());
     steering.apply(&grow).unwrap();
     assert_eq!(steering.attach(0, "g0", g0, &[mode]).unwrap(), mode);
-    let tap = Tap::create("g0", false).unwrap();
-    redirect(tap.ifindex(), g0).unwrap();
+    let tap = Tap::create("g0").unwrap();
     Rig { ns, peer, steering, tap, g0 }
 }
 

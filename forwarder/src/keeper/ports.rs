@@ -155,8 +155,7 @@ impl Port {
                 outcome => break outcome.map_err(|cause| steer_fault(index, &cause))?,
             }
         };
-        let redirected = attached == AttachMode::Native;
-        let tap = Tap::create(interface, !redirected).map_err(|cause| {
+        let tap = Tap::create(interface).map_err(|cause| {
             Fault::new(
                 Code::Invalid,
                 format!("the TAP for packets that are not ours cannot be made: {cause}"),
@@ -165,11 +164,7 @@ impl Port {
             .value(interface)
             .remedy("see that /dev/net/tun exists (modprobe tun) and that CAP_NET_ADMIN is granted")
         })?;
-        if redirected {
-            steering
-                .attach_punt(tap.name(), tap.ifindex(), ifindex)
-                .map_err(|cause| steer_fault(index, &cause))?;
-        } else {
+        if attached == AttachMode::Generic {
             warn!(
                 port = section.name,
                 "the steering program runs in the generic path: every packet is copied once more"

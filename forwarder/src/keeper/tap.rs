@@ -1,11 +1,8 @@
 //! The way back to the kernel for packets that turned out not to be ours: one TAP for each port.
 //!
-//! What is written to the TAP goes through a small program at its ingress on to the ingress of the port, as if the port
-//! had just received it (`towpath_punt` in steer.bpf.c): so reverse-path filters, firewall rules, captures and
-//! ICMP redirects see the interface that the packet really came in by, and no address or route has to be given to
-//! the TAP. That road leads past a steering program in the driver, but not past one in the generic path, which
-//! would steer the packet once more. There the TAP itself receives the packet, with the port's MAC address
-//! and without a reverse-path filter.
+//! What is written to the TAP goes on to the ingress of the port, as if the port had just received it
+//! ([`crate::port::tap`]): so reverse-path filters, firewall rules, captures and ICMP redirects see the interface that the packet
+//! really came in by, and no address or route has to be given to the TAP.
 
 #![allow(unsafe_code)] // ioctl(2) has no safe wrapper for these requests.
 
@@ -17,6 +14,8 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
+use crate::port::tap::redirect;
+
 /// A TAP that exists as long as its descriptor does.
 #[derive(Debug)]
 pub struct Tap {
@@ -26,14 +25,12 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Creates a TAP named `towpathN` with the MAC address of `port`, and sets it up. Packets are written to it behind a
-    /// virtio header (see [`crate::worker::punt`]).
-    ///
-    /// `receives`: packets are to be received by the TAP itself, not redirected.
+    /// Creates a TAP named `towpathN` with the MAC address of the interface `port`, and sets it up. Packets are written to it
+    /// behind a virtio header (see [`crate::worker::punt`]) and received by the port.
     ///
     /// # Errors
-    /// `/dev/net/tun` is missing or CAP_NET_ADMIN is.
-    pub fn create(port: &str, receives: bool) -> io::Result<Tap> {
+    /// `/dev/net/tun` is missing or CAP_NET_ADMIN is; or the kernel lacks what [`redirect`] needs.
+    pub fn create(port: &str) -> io::Result<Tap> {
         let file =
             File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
         let mut request = request_for("towpath%d")?;
@@ -53,20 +50,12 @@ impl Tap {
         address.ifr_name = request.ifr_name;
         ioctl(socket.as_fd(), libc::SIOCSIFHWADDR, &mut address)?;
         // No IPv6 of its own: no address, no routes, no neighbor discovery. Not there without IPv6, which is as good.
-        let conf = |family: &str, key: &str, value: &str| {
-            let _ = std::fs::write(format!("/proc/sys/net/{family}/conf/{name}/{key}"), value);
-        };
-        if receives {
-            conf("ipv6", "addr_gen_mode", "1");
-            conf("ipv4", "rp_filter", "0");
-            conf("ipv4", "accept_local", "1");
-        } else {
-            conf("ipv6", "disable_ipv6", "1");
-        }
+        let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
         let mut flags = request_for(&name)?;
         flags.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_NOARP) as i16;
         ioctl(socket.as_fd(), libc::SIOCSIFFLAGS, &mut flags)?;
         let ifindex = rustix::net::netdevice::name_to_index(&socket, &name)?;
+        redirect(ifindex, rustix::net::netdevice::name_to_index(&socket, port)?)?;
         Ok(Tap { file, name, ifindex })
     }
 

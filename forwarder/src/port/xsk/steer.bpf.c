@@ -21,7 +21,6 @@
 #include <linux/in.h>
 #include <linux/ip.h>
 #include <linux/ipv6.h>
-#include <linux/pkt_cls.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
@@ -150,14 +149,6 @@ struct {
 	__type(key, __u32);
 	__type(value, __u64);
 } counters SEC(".maps");
-
-// Interface index of a punt TAP to the interface index of its port.
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 16);
-	__type(key, __u32);
-	__type(value, __u32);
-} punt_ports SEC(".maps");
 
 // A worker that has not been heard of for this long is dead. Shorter gaps, such as a restart of the data plane,
 // are ridden out by the receive ring.
@@ -387,17 +378,6 @@ int towpath_steer(struct xdp_md *ctx)
 		plain = destination_flags == PREFIX_DESTINATION && !source_flags;
 	}
 	return redirect(ctx, cause, plain);
-}
-
-// At ingress of a punt TAP: what the data plane gives back to the kernel goes on as if the port had just received
-// it, so that reverse-path filters, firewall rules and captures see the interface that it really came in by.
-SEC("classifier")
-int towpath_punt(struct __sk_buff *skb)
-{
-	__u32 ifindex = skb->ifindex;
-	__u32 *port = bpf_map_lookup_elem(&punt_ports, &ifindex);
-
-	return port ? bpf_redirect(*port, BPF_F_INGRESS) : TC_ACT_SHOT;
 }
 
 // No helper used here asks for a GPL program.

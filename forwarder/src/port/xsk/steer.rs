@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use aya::maps::lpm_trie::Key;
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, XskMap};
 use aya::programs::links::FdLink;
-use aya::programs::{ProgramError, SchedClassifier, TcAttachType, Xdp, XdpMode};
+use aya::programs::{ProgramError, Xdp, XdpMode};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -179,7 +179,6 @@ pub struct Steering {
     prefixes: LpmTrie<MapData, [u8; 16], u32>,
     heartbeats: OwnedFd,
     counters: PerCpuArray<MapData, u64>,
-    punt_ports: HashMap<MapData, u32, u32>,
     links: Vec<FdLink>,
     contents: Contents,
 }
@@ -193,14 +192,12 @@ impl Steering {
         let mut programs = EbpfLoader::new()
             .map_max_entries("sockets", MAX_PORTS * QUEUES_PER_PORT)
             .map_max_entries("ports", MAX_PORTS)
-            .map_max_entries("punt_ports", MAX_PORTS)
             .map_max_entries("addresses", sizes.addresses)
             .map_max_entries("local_ports", sizes.local_ports)
             .map_max_entries("prefixes", sizes.prefixes)
             .load(OBJECT)
             .map_err(|cause| load_error("loading", &cause))?;
         steer_program(&mut programs)?.load().map_err(|cause| load_error("verifying", &cause))?;
-        punt_program(&mut programs)?.load().map_err(|cause| load_error("verifying the punt", &cause))?;
         let Map::Array(heartbeats) = take(&mut programs, "heartbeats")? else {
             return Err(SteerError::Load { what: "map heartbeats", cause: "is no array".into() });
         };
@@ -216,7 +213,6 @@ impl Steering {
             local_ports: take(&mut programs, "local_ports")?.try_into().map_err(map_kind)?,
             prefixes: take(&mut programs, "prefixes")?.try_into().map_err(map_kind)?,
             counters: take(&mut programs, "counters")?.try_into().map_err(map_kind)?,
-            punt_ports: take(&mut programs, "punt_ports")?.try_into().map_err(map_kind)?,
             heartbeats,
             programs,
             sizes,
@@ -261,25 +257,6 @@ impl Steering {
             ProgramError::IOError(io::Error::new(io::ErrorKind::Unsupported, "no XDP link; needs Linux 5.9"))
         })?;
         self.links.push(link);
-        Ok(())
-    }
-
-    /// Lets what arrives at the TAP go on as if the port had received it.
-    ///
-    /// # Errors
-    /// The kernel refused the classifier: [`SteerError::Load`].
-    pub fn attach_punt(&mut self, tap: &str, tap_ifindex: u32, port_ifindex: u32) -> Result<(), SteerError> {
-        self.punt_ports
-            .insert(tap_ifindex, port_ifindex, 0)
-            .map_err(|cause| map_error("punt_ports", &cause))?;
-        let what = "attaching the punt";
-        let program = punt_program(&mut self.programs)?;
-        let id = program.attach(tap, TcAttachType::Ingress).map_err(|cause| load_error(what, &cause))?;
-        let link = program.take_link(id).map_err(|cause| load_error(what, &cause))?;
-        match FdLink::try_from(link) {
-            Ok(link) => self.links.push(link),
-            Err(_) => return Err(SteerError::Load { what, cause: "no tcx link; needs Linux 6.6".into() }),
-        }
         Ok(())
     }
 
@@ -358,11 +335,6 @@ impl Steering {
 fn steer_program(programs: &mut Ebpf) -> Result<&mut Xdp, SteerError> {
     let program = programs.program_mut("towpath_steer").and_then(|program| program.try_into().ok());
     program.ok_or(SteerError::Load { what: "program towpath_steer", cause: "is not in the object".into() })
-}
-
-fn punt_program(programs: &mut Ebpf) -> Result<&mut SchedClassifier, SteerError> {
-    let program = programs.program_mut("towpath_punt").and_then(|program| program.try_into().ok());
-    program.ok_or(SteerError::Load { what: "program towpath_punt", cause: "is not in the object".into() })
 }
 
 fn take(programs: &mut Ebpf, map: &'static str) -> Result<Map, SteerError> {
