@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use etherparse::PacketBuilder;
 use forwarder::addr::protocol::UDP;
-use forwarder::keeper::tap::Tap;
+use forwarder::keeper::tap::{Tap, follow};
+use forwarder::port::tap::redirect;
 use forwarder::port::xsk::steer::{AttachMode, LocalAddress, LocalPort, SteerSet, SteerSizes, Steering};
 use netns::{Namespace, is_root};
 
@@ -56,6 +57,7 @@ fn rig(mode: AttachMode) -> Rig {
     steering.apply(&grow).unwrap();
     assert_eq!(steering.attach(0, "g0", g0, &[mode]).unwrap(), mode);
     let tap = Tap::create("g0").unwrap();
+    redirect(tap.ifindex(), g0).unwrap();
     Rig { ns, peer, steering, tap, g0 }
 }
 
@@ -165,6 +167,25 @@ fn is_received_once_as_from_the_port_past_a_program_in_the_generic_path() {
     if is_root() {
         is_received_once_as_from_the_port(AttachMode::Generic);
     }
+}
+
+#[test]
+fn the_tap_follows_the_mac_address_of_its_port() {
+    if !is_root() {
+        return;
+    }
+    let rig = rig(AttachMode::Native);
+    let socket = server((OURS, PORT).into());
+    let new_mac = [2, 0, 0, 0, 0, 0x11];
+    assert!(!follow(rig.tap.name(), "g0").unwrap(), "nothing to do yet");
+    rig.ns.ip("link set g0 address 02:00:00:00:00:11");
+    rig.inject(PLAIN, &frame(new_mac, b"early"));
+    assert_silent(&socket, "the TAP takes it for another host's");
+    assert!(follow(rig.tap.name(), "g0").unwrap());
+    rig.inject(PLAIN, &frame(new_mac, b"late"));
+    assert_eq!(socket.recv_from(&mut [0; 64]).unwrap().0, 4);
+    rig.ns.ip("link del g0");
+    assert!(follow(rig.tap.name(), "g0").is_err());
 }
 
 #[test]

@@ -13,6 +13,7 @@ use super::driver;
 use super::manifest::{Inherited, ManifestPort};
 use super::preflight::interface_index;
 use super::tap::Tap;
+use crate::port::tap::redirect;
 use crate::port::xsk::queue::mode_of;
 use crate::port::xsk::steer::{AttachMode, Heartbeats, SteerError, SteerSizes, Steering};
 
@@ -155,21 +156,21 @@ impl Port {
                 outcome => break outcome.map_err(|cause| steer_fault(index, &cause))?,
             }
         };
-        let tap = Tap::create(interface).map_err(|cause| {
-            Fault::new(
-                Code::Invalid,
-                format!("the TAP for packets that are not ours cannot be made: {cause}"),
-            )
-            .field(format!("port[{index}].interface"))
-            .value(interface)
-            .remedy("see that /dev/net/tun exists (modprobe tun) and that CAP_NET_ADMIN is granted")
-        })?;
         if attached == AttachMode::Generic {
             warn!(
                 port = section.name,
                 "the steering program runs in the generic path: every packet is copied once more"
             );
         }
+        let tap = Tap::create(interface)
+            .and_then(|tap| redirect(tap.ifindex(), ifindex).map(|()| tap))
+            .map_err(|cause| {
+                let complaint = format!("the TAP for packets that are not ours cannot be made: {cause}");
+                Fault::new(Code::Invalid, complaint)
+                    .field(format!("port[{index}].interface"))
+                    .value(interface)
+                    .remedy("see that the kernel has them: modprobe -a tun sch_ingress cls_bpf act_mirred")
+            })?;
         let driver = driver::name(interface).unwrap_or_default();
         info!(port = section.name, interface, driver, steering = %attached, punt = tap.name(), "port opened");
         let partial_checksums = matches!(driver.as_str(), "veth" | "tun");

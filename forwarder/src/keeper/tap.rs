@@ -1,8 +1,5 @@
-//! The way back to the kernel for packets that turned out not to be ours: one TAP for each port.
-//!
-//! What is written to the TAP goes on to the ingress of the port, as if the port had just received it
-//! ([`crate::port::tap`]): so reverse-path filters, firewall rules, captures and ICMP redirects see the interface that the packet
-//! really came in by, and no address or route has to be given to the TAP.
+//! The way back to the kernel for packets that turned out not to be ours: one TAP for each port, from which they go on as
+//! if the port had just received them (see [`crate::port::tap`]).
 
 #![allow(unsafe_code)] // ioctl(2) has no safe wrapper for these requests.
 
@@ -14,8 +11,6 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
-use crate::port::tap::redirect;
-
 /// A TAP that exists as long as its descriptor does.
 #[derive(Debug)]
 pub struct Tap {
@@ -25,11 +20,11 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Creates a TAP named `towpathN` with the MAC address of the interface `port`, and sets it up. Packets are written to it
-    /// behind a virtio header (see [`crate::worker::punt`]) and received by the port.
+    /// Creates a TAP named `towpathN` with the MAC address of `port`, and sets it up. Packets are written to it behind a
+    /// virtio header (see [`crate::worker::punt`]).
     ///
     /// # Errors
-    /// `/dev/net/tun` is missing or CAP_NET_ADMIN is; or the kernel lacks what [`redirect`] needs.
+    /// `/dev/net/tun` is missing or CAP_NET_ADMIN is.
     pub fn create(port: &str) -> io::Result<Tap> {
         let file =
             File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
@@ -45,17 +40,13 @@ impl Tap {
             .collect();
 
         let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
-        let mut address = request_for(port)?;
-        ioctl(socket.as_fd(), libc::SIOCGIFHWADDR, &mut address)?;
-        address.ifr_name = request.ifr_name;
-        ioctl(socket.as_fd(), libc::SIOCSIFHWADDR, &mut address)?;
+        follow(&name, port)?;
         // No IPv6 of its own: no address, no routes, no neighbor discovery. Not there without IPv6, which is as good.
         let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
         let mut flags = request_for(&name)?;
         flags.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_NOARP) as i16;
         ioctl(socket.as_fd(), libc::SIOCSIFFLAGS, &mut flags)?;
         let ifindex = rustix::net::netdevice::name_to_index(&socket, &name)?;
-        redirect(ifindex, rustix::net::netdevice::name_to_index(&socket, port)?)?;
         Ok(Tap { file, name, ifindex })
     }
 
@@ -74,6 +65,28 @@ impl AsFd for Tap {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Gives the TAP called `tap` the MAC address of the interface `port`, if it has another: a port's address may change while it
+/// runs, and the kernel would take what is given back for packets to another host. Returns whether it was changed.
+///
+/// # Errors
+/// One of them is gone.
+pub fn follow(tap: &str, port: &str) -> io::Result<bool> {
+    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    let read = |name| {
+        let mut address = request_for(name)?;
+        ioctl(socket.as_fd(), libc::SIOCGIFHWADDR, &mut address)?;
+        io::Result::Ok(address)
+    };
+    let (now, mut wanted) = (read(tap)?, read(port)?);
+    // SAFETY: SIOCGIFHWADDR has filled in this member of the union in both.
+    let same = unsafe { now.ifr_ifru.ifru_hwaddr.sa_data == wanted.ifr_ifru.ifru_hwaddr.sa_data };
+    if !same {
+        wanted.ifr_name = now.ifr_name;
+        ioctl(socket.as_fd(), libc::SIOCSIFHWADDR, &mut wanted)?;
+    }
+    Ok(!same)
 }
 
 fn request_for(interface: &str) -> io::Result<libc::ifreq> {

@@ -169,7 +169,7 @@ const COUNTERS: usize = SteerCounter::ALL.len();
 
 /// The steering program, loaded. Dropping it detaches it everywhere.
 pub struct Steering {
-    /// Holds the programs; the maps have been taken out of it.
+    /// Holds the program; the maps have been taken out of it.
     programs: Ebpf,
     sizes: SteerSizes,
     sockets: XskMap<MapData>,
