@@ -90,10 +90,13 @@ impl Generator {
     pub fn step(&mut self) -> bool {
         let Some(&(kind, time_s)) = self.phases.first() else { return false };
         let total = (self.load.rate * time_s) as u64;
-        if self.next == total && self.burst.is_empty() {
+        let now = now_ns();
+        // What could not be sent in time is not made up for later: the report says that fewer were sent.
+        let is_over = (now - self.start_ns) as f64 > time_s * 1e9;
+        if (self.next == total || is_over) && self.burst.is_empty() {
             return self.end_phase(kind);
         }
-        let now = now_ns();
+        let total = if is_over { self.next } else { total };
         let due = (((now - self.start_ns) as f64 * self.load.rate / 1e9) as u64).min(total);
         if self.next < due && kind == Kind::Measured {
             self.sent.late_max_ns =
