@@ -159,7 +159,14 @@ fn commit(global: &Global, connection: &mut Connection, args: &ChangeArgs) -> Re
         COMMIT_SENT.store(true, Ordering::SeqCst);
     }
     let paint = Paint::for_stderr(global.color);
-    let committed = match connection.ask(&Request::Commit)? {
+    let answer = connection.ask(&Request::Commit).map_err(|error| {
+        // A fault says that nothing was done; silence does not.
+        if error.is::<Fault>() {
+            return error;
+        }
+        error.context("the change was sent and may be in force, see `towpathctl status`")
+    })?;
+    let committed = match answer {
         Reply::Committed(committed) => committed,
         Reply::Refused { faults, more, warnings } => {
             COMMIT_SENT.store(false, Ordering::SeqCst);

@@ -291,6 +291,9 @@ fn each(
     for name in &query.names {
         let mut found = false;
         connection.list(&request(args, query.resource, Some(name), objects), |item| {
+            if !is_named(&item, name) {
+                return Ok(());
+            }
             found = true;
             take(item)
         })?;
@@ -304,6 +307,18 @@ fn each(
         }
     }
     Ok(())
+}
+
+/// Names of what is no Kubernetes object are matched here; the daemon matches those of objects.
+fn is_named(item: &Item, name: &str) -> bool {
+    match item {
+        Item::Route(row) => row.prefix == name,
+        Item::Neighbor(row) => row.address == name,
+        Item::Port(row) => row.name == name || row.interface == name,
+        Item::Worker(row) => row.index.to_string() == name,
+        Item::Dns(row) => row.name == name,
+        _ => true,
+    }
 }
 
 fn fetch<R: Row>(connection: &mut Connection, args: &Args, query: &Query) -> Result<Vec<R>> {

@@ -56,8 +56,12 @@ fn text(status: &Status, wide: bool, paint: Paint) -> String {
             status.epoch
         ),
     );
-    let objects: Vec<String> =
-        status.objects.iter().map(|(kind, n)| format!("{} {kind}", thousands(*n))).collect();
+    let objects: Vec<String> = status
+        .objects
+        .iter()
+        .filter(|(_, n)| **n > 0)
+        .map(|(kind, n)| format!("{} {kind}", thousands(*n)))
+        .collect();
     let waiting = match status.slices_waiting {
         0 => String::new(),
         n => paint.paint(Tint::Warn, &format!("; {n} slices wait for their Service")),
@@ -111,7 +115,8 @@ mod tests {
             epoch: 12,
             workers: 2,
             workers_in_force: 2,
-            objects: [("Service".to_owned(), 5), ("EndpointSlice".to_owned(), 1200)].into(),
+            objects: [("Service".to_owned(), 5), ("EndpointSlice".to_owned(), 1200), ("Pod".to_owned(), 0)]
+                .into(),
             frontends: 18,
             flows: 1234,
             flows_embryonic: 12,

@@ -472,6 +472,15 @@ fn silence_ends_at_the_timeout() {
 }
 
 #[test]
+fn silence_after_a_commit_says_that_the_change_may_be_in_force() {
+    let daemon = Daemon::new(|_| Act::Silence);
+    let args = ["apply", "-f", "-", "--request-timeout", "0.3"];
+    let output = daemon.ctl(&args).write_stdin(WEB).assert().code(1).stdout("");
+    let stderr = String::from_utf8(output.get_output().stderr.clone()).unwrap();
+    assert!(stderr.starts_with("error: the change was sent and may be in force"), "{stderr}");
+}
+
+#[test]
 fn no_daemon_is_told_with_the_path_and_the_way_out() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
