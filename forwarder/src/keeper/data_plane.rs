@@ -3,7 +3,10 @@
 //! Tables and routes come first, workers last: the packets that came meanwhile wait in the receive rings, and none is
 //! judged by empty tables.
 
+use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
+use std::net::IpAddr;
 use std::os::fd::RawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
@@ -12,14 +15,19 @@ use std::thread;
 
 use af_xdp::{FramePool, Umem};
 use anyhow::{Context, Result};
+use config::gateway::Gateway;
 use rustix::process::Pid;
 use tracing::{info, warn};
 
-use super::manifest::Manifest;
+use super::manifest::{Manifest, ManifestPort};
 use super::ports::socket_config;
 use super::requests::Keeper;
 use super::sandbox;
 use crate::control::publish::Publisher;
+use crate::control::{Control, ControlParts, PortInfo};
+use crate::kernel::mirror::{Mirror, MirrorConfig};
+use crate::kernel::privileged::{Care, Privileged};
+use crate::port::Port;
 use crate::port::xsk::queue::{XskPort, take_over};
 use crate::port::xsk::steer::Heartbeats;
 use crate::stage::flow::{self, Phase};
@@ -28,6 +36,8 @@ use crate::worker::Worker;
 use crate::worker::hold::Resolve;
 use crate::worker::punt::Punt;
 
+/// Neighbors that the kernel is asked to keep resolved at most; its own limit is `gc_thresh3`, 1,024 by default.
+const NEIGHBORS: usize = 16_384;
 /// Panics that are reported with their place; more of them would only fill the log.
 const PANICS_REPORTED: u32 = 20;
 
@@ -62,7 +72,23 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
     sandbox::restrict_control()?;
 
     let publisher = Publisher::new(workers).context("making the workers' eventfds")?;
-    drop(listener);
+    let mirror = start_mirror(gateway, &publisher, keeper.clone())?;
+    let wanted = mirror.clone();
+    let _control = Control::start(ControlParts {
+        gateway: Arc::new(gateway.clone()),
+        listener,
+        group: manifest.control_group,
+        publisher: publisher.clone(),
+        flow_worker: flows.worker(workers),
+        flows: flows.clone(),
+        affinity_worker: affinity.worker(workers),
+        affinity: affinity.clone(),
+        steer: Box::new(keeper.clone()),
+        routes: Box::new(move |routes| wanted.want(routes)),
+        ports: port_infos(&manifest, &queues),
+        port_counters: Box::new(|_| BTreeMap::new()),
+        restarts: manifest.restarts,
+    })?;
 
     let stop = Arc::new(AtomicBool::new(false));
     let mut threads = Vec::new();
@@ -76,7 +102,7 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
             flows: flows.clone(),
             affinity: affinity.clone(),
             heartbeats: heartbeats.clone(),
-            resolve: resolve(),
+            resolve: resolve(&mirror),
             poll: gateway.workers.poll,
         };
         threads.push(start_worker(worker, gateway.workers.cpus[index], stop.clone())?);
@@ -88,8 +114,41 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
     anyhow::bail!("a worker ended")
 }
 
-fn resolve() -> Resolve {
-    Box::new(|_, _| {})
+/// Follows the kernel's tables. When it returns, the first forwarding table is published.
+fn start_mirror(gateway: &Gateway, publisher: &Arc<Publisher>, keeper: Arc<Keeper>) -> Result<Arc<Mirror>> {
+    let ports = gateway.ports.iter().map(|port| port.interface.clone()).collect();
+    let config = MirrorConfig { ports, neighbor_limit: NEIGHBORS };
+    let publisher = publisher.clone();
+    let publish = move |fib| publisher.publish_fib(Arc::new(fib));
+    Ok(Arc::new(Mirror::start(config, ByKeeper(keeper), publish).context("reading the kernel's tables")?))
+}
+
+/// Neighbors are asked for by the keeper, which has the privilege.
+struct ByKeeper(Arc<Keeper>);
+
+impl Privileged for ByKeeper {
+    fn neighbor(&mut self, link: u32, addr: IpAddr, care: Care) -> io::Result<()> {
+        self.0.neighbor(link, addr, care)
+    }
+}
+
+/// A worker's way to have a next hop resolved.
+fn resolve(mirror: &Mirror) -> Resolve {
+    let asks = mirror.asks();
+    Box::new(move |port, addr| {
+        // If the queue is full, the next packet asks again.
+        asks.ask(port, addr);
+    })
+}
+
+/// What `towpathctl get ports` shows of the ports.
+fn port_infos(manifest: &Manifest, queues: &[(Vec<XskPort>, FramePool)]) -> Vec<PortInfo> {
+    let info = |(index, port): (usize, &ManifestPort)| PortInfo {
+        mode: queues.first().map_or_else(String::new, |(ports, _)| ports[index].mode().to_string()),
+        queues: port.sockets.len() as u32,
+        partial_checksums: port.partial_checksums,
+    };
+    manifest.ports.iter().enumerate().map(info).collect()
 }
 
 /// Starts a worker on its CPU. It narrows its system calls once it is there.

@@ -78,6 +78,10 @@ pub struct Manifest {
     pub keeper: Inherited,
     /// The listening control socket.
     pub control: Inherited,
+    /// Group whose members may use the control socket.
+    pub control_group: Option<u32>,
+    /// How often the data plane was started again.
+    pub restarts: u32,
     /// Who the data plane becomes: user id, group id.
     pub account: super::account::Account,
 }
@@ -155,6 +159,8 @@ mod tests {
             heartbeats: fd,
             keeper: fd,
             control: fd,
+            control_group: None,
+            restarts: 0,
             account: super::super::account::Account { name: "nobody".into(), uid: 65_534, gid: 65_534 },
         };
         let written = manifest.write().unwrap();

@@ -25,7 +25,9 @@ use std::path::Path;
 
 use config::fault::Fault;
 use config::gateway::Gateway;
-use tracing::info;
+use tracing::{info, warn};
+
+use crate::kernel::privileged::{Direct, Privileged};
 
 pub mod account;
 pub mod data_plane;
@@ -61,6 +63,7 @@ pub fn run(file: &Path) -> anyhow::Result<()> {
     let mut ports = Ports::open(&gateway)?;
 
     let heartbeats = ports.heartbeats()?;
+    let mut neighbors = Direct::new(gateway.ports.iter().map(|port| port.interface.clone()).collect())?;
     let manifest = Manifest {
         keeper_pid: std::process::id(),
         ports: ports.manifest(),
@@ -71,23 +74,28 @@ pub fn run(file: &Path) -> anyhow::Result<()> {
         // Replaced at every start of the data plane.
         keeper: Inherited::of(&stop),
         control: Inherited::of(control.listener()),
+        control_group: group.map(|group| group.as_raw()),
+        restarts: 0,
         account,
         gateway,
     };
     let supervisor = supervise::Supervisor { manifest, heartbeats: &heartbeats, stop };
     supervisor.run(
-        |request| act(&mut ports, request),
+        |request| act(&mut ports, &mut neighbors, request),
         || notify(sd_notify::NotifyState::Ready),
         watchdog(),
     )?;
 
     info!("stopping: flows stay in the region, objects in the state directory");
     notify(sd_notify::NotifyState::Stopping);
+    if let Err(cause) = neighbors.release_all() {
+        warn!("next hops that the kernel kept for us could not all be released: {cause}");
+    }
     Ok(())
 }
 
 /// Does what the data plane asked for.
-fn act(ports: &mut Ports, request: Request) -> Reply {
+fn act(ports: &mut Ports, neighbors: &mut Direct, request: Request) -> Reply {
     let outcome = match request {
         Request::Ready => Ok(Reply::Done),
         Request::SteerContents => {
@@ -102,7 +110,12 @@ fn act(ports: &mut Ports, request: Request) -> Reply {
             .counters()
             .map(|counters| Reply::Counters(counters.to_vec()))
             .map_err(|cause| cause.to_string()),
-        Request::Neighbor { .. } => Err("next hops are not kept yet".to_owned()),
+        Request::Neighbor { link, addr, care } => {
+            return match neighbors.neighbor(link, addr, care) {
+                Ok(()) => Reply::Done,
+                Err(cause) => Reply::Refused(cause.raw_os_error().unwrap_or(libc::EIO)),
+            };
+        }
     };
     outcome.unwrap_or_else(Reply::Failed)
 }
@@ -110,7 +123,7 @@ fn act(ports: &mut Ports, request: Request) -> Reply {
 /// Tells systemd, if it listens.
 fn notify(state: sd_notify::NotifyState<'_>) {
     if let Err(cause) = sd_notify::notify(&[state]) {
-        tracing::warn!("systemd cannot be told: {cause}");
+        warn!("systemd cannot be told: {cause}");
     }
 }
 

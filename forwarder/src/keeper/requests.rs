@@ -11,6 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::kernel::privileged::Care;
 use crate::port::xsk::steer::{Contents, SteerChange};
 
 /// Longest line in either direction, bytes. The contents of full steering maps fit.
@@ -31,14 +32,14 @@ pub enum Request {
     Steer(SteerChange),
     /// The counters of the steering program, in its order. Answer: [`Reply::Counters`].
     SteerCounters,
-    /// Keep a next hop resolved from now on (NTF_MANAGED), or no longer.
+    /// Look after a next hop.
     Neighbor {
-        /// Interface that it is reached by.
-        ifindex: u32,
+        /// Index of the interface that it is reached by.
+        link: u32,
         /// Its address.
         addr: IpAddr,
-        /// `false`: no longer.
-        managed: bool,
+        /// What is asked for it.
+        care: Care,
     },
 }
 
@@ -54,6 +55,8 @@ pub enum Reply {
     Counters(Vec<u64>),
     /// It could not be done, in words for the operator.
     Failed(String),
+    /// The kernel refused it, with this error number.
+    Refused(i32),
 }
 
 /// Why the keeper did not do what it was asked.
@@ -65,6 +68,9 @@ pub enum AskError {
     /// It tried and could not.
     #[error("{0}")]
     Failed(String),
+    /// It tried and the kernel refused.
+    #[error("{0}")]
+    Refused(io::Error),
 }
 
 /// The data plane's end. Any thread; one request at a time.
@@ -84,6 +90,7 @@ impl Keeper {
         stream.get_mut().write_all(&to_line(request))?;
         match read_line(&mut *stream)? {
             Some(Reply::Failed(message)) => Err(AskError::Failed(message)),
+            Some(Reply::Refused(number)) => Err(AskError::Refused(io::Error::from_raw_os_error(number))),
             Some(reply) => Ok(reply),
             None => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
         }
@@ -131,12 +138,16 @@ impl Keeper {
         }
     }
 
-    /// Has the kernel keep a next hop resolved from now on, or no longer.
+    /// Has the kernel look after a next hop.
     ///
     /// # Errors
-    /// The kernel refused it.
-    pub fn manage_neighbor(&self, ifindex: u32, addr: IpAddr, managed: bool) -> Result<(), AskError> {
-        self.ask(&Request::Neighbor { ifindex, addr, managed }).map(drop)
+    /// What the kernel answered, or the keeper is gone.
+    pub fn neighbor(&self, link: u32, addr: IpAddr, care: Care) -> io::Result<()> {
+        match self.ask(&Request::Neighbor { link, addr, care }) {
+            Ok(_) => Ok(()),
+            Err(AskError::Refused(cause) | AskError::Gone(cause)) => Err(cause),
+            Err(AskError::Failed(message)) => Err(io::Error::other(message)),
+        }
     }
 }
 

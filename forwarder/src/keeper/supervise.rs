@@ -193,6 +193,7 @@ impl Supervisor<'_> {
                         "the data plane ended before it forwarded anything ({status}); see its last words above"
                     );
                 }
+                self.manifest.restarts += 1;
                 fast_deaths = if lived.is_some_and(|lived| lived > FAST) { 0 } else { fast_deaths + 1 };
                 let wait = backoff(fast_deaths);
                 next_start = Instant::now() + wait;

@@ -315,14 +315,16 @@ impl FlowMap {
             region,
             key: HashKey::new(key),
             embryonic_limit: limit.max(1) as u32,
-            workers: Arc::new(Workers::new(config.workers, free.words())),
+            // One seat more, for traces: it looks up, but has no share of the ageing.
+            workers: Arc::new(Workers::new(config.workers + 1, free.words())),
             free,
             config,
             counts: CachePadded::new(AtomicU64::new(0)),
         }
     }
 
-    /// Becomes worker `index`, below [`FlowMapConfig::workers`], online.
+    /// Becomes worker `index`, below [`FlowMapConfig::workers`], online; or, with that number itself, an observer, which has no
+    /// share of the ageing.
     ///
     /// # Panics
     /// If there is no such worker or another thread is it.

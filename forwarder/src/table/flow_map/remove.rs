@@ -53,7 +53,7 @@ impl FlowMap {
     /// many flows it removed, those removed by control threads included. A whole round takes `capacity / workers / count` calls.
     pub fn age(&self, worker: &mut FlowWorker, now_s: u32, count: usize) -> usize {
         let words = self.free.words();
-        let workers = self.workers.len();
+        let workers = self.config.workers;
         let start = (words * worker.index / workers * 64) as u32;
         let end = ((words * (worker.index + 1) / workers * 64) as u32).min(self.config.capacity);
         if start >= end {
