@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use config::gateway::Poll;
 
-use crate::control::publish::Reader;
+use crate::control::publish::{Reader, WorkerLink};
 use crate::packet::{BURST, Packet};
 use crate::pipeline::{self, AnswerBudget, Context, Rng};
 use crate::port::xsk::steer::Heartbeats;
@@ -71,76 +71,113 @@ pub struct Worker<P> {
 impl<P: Port> Worker<P> {
     /// Forwards until `stop` is set and the worker is woken. On the thread that is to be the worker, already pinned.
     pub fn run(self, stop: &AtomicBool) {
-        let link = self.reader.link().clone();
-        let counters = link.counters();
-        let mut reader = self.reader;
-        let mut judge = Judge {
-            flow_worker: self.flows.worker(self.index),
-            affinity_worker: self.affinity.worker(self.index),
-            ageing: Ageing::default(),
-            rng: Rng::new(clock_ns() ^ (self.index as u64) << 56),
-            answers: AnswerBudget::new(ANSWERS_PER_S),
-            flows: self.flows,
-            affinity: self.affinity,
-        };
-        let ports = self.ports.len();
-        let mut rings = Rings {
-            out: (0..ports).map(|_| Outgoing::new(ports * BURST)).collect(),
-            ports: self.ports,
-            pool: self.pool,
-            punts: self.punts,
-        };
-        let mut batch = Batch::default();
-        let mut holding = Holding::new(self.resolve);
-        let mut generations = Generations::default();
-        let mut idle = Idle::new(self.poll);
-
+        let mut running = Running::new(self, clock_ns());
         while !stop.load(Ordering::Relaxed) {
             let now_ns = clock_ns();
-            self.heartbeats.beat(self.index, now_ns);
-            link.beat(now_ns);
-            let (tables, fib) = reader.load();
-            generations.begin(tables.generation, &rings.ports);
-
-            let mut received = 0;
-            for port in 0..ports {
-                let burst = &mut batch.received;
-                let count = rings.ports[port].rx_burst(&mut rings.pool, burst, BURST);
-                if count == 0 {
-                    continue;
-                }
-                received += count;
-                batch.take(port as u8, counters);
-                judge.judge(&mut batch.packets, tables, fib, now_ns, counters);
-                rings.dispatch(&mut batch, &mut holding, fib, now_ns, counters);
-            }
-            holding.again(&mut batch, fib.epoch, |batch, holding| {
-                judge.judge(&mut batch.packets, tables, fib, now_ns, counters);
-                rings.dispatch(batch, holding, fib, now_ns, counters);
-            });
-            holding.expire(now_ns, |packet, tails| {
-                counters.count(Reason::NeighborUnresolved);
-                rings.recycle(packet.frame, tails);
-            });
-
-            rings.transmit(counters);
-            rings.give_back();
-            if let Some(generation) = generations.settled(&mut rings.ports) {
-                link.set_in_force(generation);
-            }
-            judge.quiescent(now_ns, received == 0, counters);
-            if received > 0 {
-                counters.add(Counter::bursts, 1);
-                idle.busy(now_ns);
-            } else if idle.may_sleep(now_ns) && !rings.unsent() && generations.is_settled() {
-                counters.add(Counter::sleeps, 1);
-                judge.offline();
-                idle::sleep(&rings.ports, &link);
-                judge.online();
-            } else {
-                std::hint::spin_loop();
+            if running.round(now_ns) == 0 {
+                running.rest(now_ns);
             }
         }
+    }
+}
+
+/// A worker at work.
+struct Running<P> {
+    index: usize,
+    reader: Reader,
+    link: Arc<WorkerLink>,
+    heartbeats: Arc<Heartbeats>,
+    judge: Judge,
+    rings: Rings<P>,
+    batch: Batch,
+    holding: Holding,
+    generations: Generations,
+    idle: Idle,
+}
+
+impl<P: Port> Running<P> {
+    /// `seed`: any number, for spreading.
+    fn new(worker: Worker<P>, seed: u64) -> Running<P> {
+        let ports = worker.ports.len();
+        Running {
+            index: worker.index,
+            link: worker.reader.link().clone(),
+            reader: worker.reader,
+            heartbeats: worker.heartbeats,
+            judge: Judge {
+                flow_worker: worker.flows.worker(worker.index),
+                affinity_worker: worker.affinity.worker(worker.index),
+                ageing: Ageing::default(),
+                rng: Rng::new(seed ^ ((worker.index as u64) << 56)),
+                answers: AnswerBudget::new(ANSWERS_PER_S),
+                flows: worker.flows,
+                affinity: worker.affinity,
+            },
+            rings: Rings {
+                out: (0..ports).map(|_| Outgoing::new(ports * BURST)).collect(),
+                ports: worker.ports,
+                pool: worker.pool,
+                punts: worker.punts,
+            },
+            batch: Batch::default(),
+            holding: Holding::new(worker.resolve),
+            generations: Generations::default(),
+            idle: Idle::new(worker.poll),
+        }
+    }
+
+    /// One burst of every port, from receive ring to transmit ring. Returns how many packets came.
+    fn round(&mut self, now_ns: u64) -> usize {
+        let Running { reader, link, judge, rings, batch, holding, .. } = self;
+        let counters = link.counters();
+        self.heartbeats.beat(self.index, now_ns);
+        link.beat(now_ns);
+        let (tables, fib) = reader.load();
+        self.generations.begin(tables.generation, &rings.ports);
+
+        let mut received = 0;
+        for port in 0..rings.ports.len() {
+            let count = rings.ports[port].rx_burst(&mut rings.pool, &mut batch.received, BURST);
+            if count == 0 {
+                continue;
+            }
+            received += count;
+            batch.take(port as u8, counters);
+            judge.judge(&mut batch.packets, tables, fib, now_ns, counters);
+            rings.dispatch(batch, holding, fib, now_ns, counters);
+        }
+        holding.again(batch, fib.epoch, |batch, holding| {
+            judge.judge(&mut batch.packets, tables, fib, now_ns, counters);
+            rings.dispatch(batch, holding, fib, now_ns, counters);
+        });
+        holding.expire(now_ns, |packet, tails| {
+            counters.count(Reason::NeighborUnresolved);
+            rings.recycle(packet.frame, tails);
+        });
+
+        rings.transmit(counters);
+        rings.give_back();
+        if let Some(generation) = self.generations.settled(&mut rings.ports) {
+            link.set_in_force(generation);
+        }
+        judge.quiescent(now_ns, received == 0, counters);
+        if received > 0 {
+            counters.add(Counter::bursts, 1);
+            self.idle.busy(now_ns);
+        }
+        received
+    }
+
+    /// After a round without packets: spins, or sleeps until something happens.
+    fn rest(&mut self, now_ns: u64) {
+        let at_rest = !self.rings.unsent() && self.generations.is_settled();
+        if !at_rest || !self.idle.may_sleep(now_ns) {
+            return std::hint::spin_loop();
+        }
+        self.link.counters().add(Counter::sleeps, 1);
+        self.judge.offline();
+        idle::sleep(&self.rings.ports, &self.link);
+        self.judge.online();
     }
 }
 
@@ -497,33 +534,4 @@ fn rewrite(batch: &mut Batch, fib: &Fib) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_whole_flow_table_is_looked_at_in_the_time_it_should_take() {
-        for capacity in [1_000, 262_144, 10_000_000] {
-            let mut ageing = Ageing::default();
-            let mut looked_at = 0;
-            // A round of the loop each 100 us.
-            for round in 1..=40_000u64 {
-                looked_at += ageing.due(round * 100_000, capacity, usize::MAX);
-            }
-            let share = looked_at as f64 / capacity as f64;
-            assert!((0.9..=1.6).contains(&share), "{capacity}: {share}");
-        }
-    }
-
-    #[test]
-    fn ageing_never_takes_more_than_it_may() {
-        let mut ageing = Ageing::default();
-        assert_eq!(ageing.due(10 * SECOND_NS, 262_144, 64), 64);
-        // What was not granted is still due, but not more than a second of it.
-        let mut rest = 0;
-        while let count @ 1.. = ageing.due(10 * SECOND_NS, 262_144, 64) {
-            assert!(count <= 64);
-            rest += count;
-        }
-        assert!((60_000..70_000).contains(&rest), "{rest}");
-    }
-}
+mod tests;

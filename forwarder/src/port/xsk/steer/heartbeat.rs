@@ -32,6 +32,15 @@ impl Heartbeats {
         Ok(Heartbeats { map: MmapOptions::new().len(len).map_raw(fd.as_raw_fd())? })
     }
 
+    /// Heartbeats that nobody else sees, for tests and replay.
+    ///
+    /// # Errors
+    /// The process may not map more memory.
+    pub fn anonymous() -> io::Result<Heartbeats> {
+        let map = MmapOptions::new().len(QUEUES_PER_PORT as usize * ENTRY_BYTES).map_anon()?;
+        Ok(Heartbeats { map: map.into() })
+    }
+
     /// Worker `worker` is alive at `monotonic_ns` (CLOCK_MONOTONIC, nanoseconds). One store; any thread, though only the
     /// worker itself has reason to.
     #[inline]
