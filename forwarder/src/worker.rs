@@ -135,6 +135,11 @@ impl<P: Port> Running<P> {
         let (tables, fib) = reader.load();
         self.generations.begin(tables.generation, &rings.ports);
 
+        // Those that have waited leave before those that come now.
+        holding.again(batch, fib.epoch, |batch, holding| {
+            judge.judge(&mut batch.packets, tables, fib, now_ns, counters);
+            rings.dispatch(batch, holding, fib, now_ns, counters);
+        });
         let mut received = 0;
         for port in 0..rings.ports.len() {
             let count = rings.ports[port].rx_burst(&mut rings.pool, &mut batch.received, BURST);
@@ -146,10 +151,6 @@ impl<P: Port> Running<P> {
             judge.judge(&mut batch.packets, tables, fib, now_ns, counters);
             rings.dispatch(batch, holding, fib, now_ns, counters);
         }
-        holding.again(batch, fib.epoch, |batch, holding| {
-            judge.judge(&mut batch.packets, tables, fib, now_ns, counters);
-            rings.dispatch(batch, holding, fib, now_ns, counters);
-        });
         holding.expire(now_ns, |packet, tails| {
             counters.count(Reason::NeighborUnresolved);
             rings.recycle(packet.frame, tails);
