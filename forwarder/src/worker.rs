@@ -420,13 +420,13 @@ impl<P: Port> Rings<P> {
                     self.pool.push(packet.frame);
                 }
                 Verdict::Hold { port } => {
-                    if deadline_ns == 0 {
-                        counters.add(Counter::held, 1);
-                    }
-                    let refused = holding.hold(port, packet, tails.by_ref(), deadline_ns, now_ns);
-                    if let Some(packet) = refused {
-                        counters.count(Reason::NeighborUnresolved);
-                        self.recycle(packet.frame, tails);
+                    match holding.hold(port, packet, tails.by_ref(), deadline_ns, now_ns) {
+                        Some(refused) => {
+                            counters.count(Reason::NeighborUnresolved);
+                            self.recycle(refused.frame, tails);
+                        }
+                        // One that was held before is counted already.
+                        None => counters.add(Counter::held, u64::from(deadline_ns == 0)),
                     }
                 }
                 Verdict::Drop(reason) => {
