@@ -1,8 +1,8 @@
 //! Models, checked by loom: every order of atomic operations that the memory model allows, up to a bound on preemptions.
 //!
-//! `RUSTFLAGS="--cfg loom" cargo test -p forwarder --lib --release table::flow_map::loom`
+//! `RUSTFLAGS="--cfg loom" cargo test -p models --lib --release` builds this file and the map without the daemon.
 //!
-//! The map is the real one but for its sizes: two buckets of two slots and a few records.
+//! The map is the real one but for its sizes: four buckets of two slots and a few records.
 
 use std::sync::Arc;
 
@@ -12,7 +12,8 @@ use super::*;
 
 fn check_model(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     let mut builder = ::loom::model::Builder::new();
-    builder.preemption_bound = Some(preemptions);
+    // LOOM_MAX_PREEMPTIONS, if it is set.
+    builder.preemption_bound = builder.preemption_bound.or(Some(preemptions));
     builder.max_branches = 20_000;
     builder.check(model);
 }
@@ -53,8 +54,8 @@ fn find<'m>(map: &'m FlowMap, tuple: &Tuple) -> Option<Hit<'m>> {
 
 #[test]
 fn of_equal_originals_one_wins() {
-    check_model(2, || {
-        let map = map(4, 2);
+    check_model(3, || {
+        let map = map(12, 2);
         let insert = |index: usize| {
             let map = Arc::clone(&map);
             move || {
@@ -78,8 +79,8 @@ fn of_equal_originals_one_wins() {
 
 #[test]
 fn of_equal_replies_one_wins() {
-    check_model(2, || {
-        let map = map(4, 2);
+    check_model(3, || {
+        let map = map(12, 2);
         let insert = |index: usize| {
             let map = Arc::clone(&map);
             move || {
@@ -168,7 +169,7 @@ fn a_record_is_not_used_again_while_it_is_held() {
 
 #[test]
 fn a_dump_beside_reuse_copies_one_flow() {
-    check_model(3, || {
+    check_model(2, || {
         let map = map(1, 1);
         let mut worker = map.worker(0);
         let id = map.insert(&mut worker, &one_way(5), 1).unwrap().flow.id();

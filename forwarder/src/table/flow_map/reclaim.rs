@@ -71,12 +71,13 @@ impl FreeRecords {
                 let bit = candidates & candidates.wrapping_neg();
                 candidates ^= bit;
                 let word = section * 64 + bit.trailing_zeros() as usize;
-                // First the summary, then the word: a release between the two sees the word as it was and need not set the bit,
-                // since what it released is taken here or leaves a rest, for which the bit is set again below.
-                self.summary[section].fetch_and(!bit, Ordering::AcqRel);
                 let (taken, rest) = self.take(word);
-                if rest != 0 {
-                    self.summary[section].fetch_or(bit, Ordering::AcqRel);
+                if rest == 0 {
+                    self.summary[section].fetch_and(!bit, Ordering::AcqRel);
+                    // Released into meanwhile, by somebody who found the bit still set.
+                    if self.words[word].load(Ordering::Acquire) != 0 {
+                        self.summary[section].fetch_or(bit, Ordering::AcqRel);
+                    }
                 }
                 if taken != 0 {
                     return Some((word, taken));

@@ -12,7 +12,7 @@ pub(super) struct Sizes {
 
 impl Sizes {
     pub fn for_capacity(capacity: u32) -> Sizes {
-        Sizes { records: capacity, buckets: 2 }
+        Sizes { records: capacity, buckets: 4 }
     }
 
     pub fn len(self) -> usize {
