@@ -33,7 +33,7 @@ pub struct Setup {
     /// Ethernet address of the gateway on the sending side
     #[arg(long)]
     pub via: String,
-    /// Service: ADDRESS:PORT, FIRST-LAST:PORT or [IPV6]:PORT
+    /// Service: ADDRESS:PORT or FIRST-LAST:PORT; IPv6 addresses in brackets
     #[arg(long)]
     pub dst: Target,
     /// Clients: ADDRESS or FIRST-LAST

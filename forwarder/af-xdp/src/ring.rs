@@ -96,7 +96,7 @@ struct Memory<T> {
     flags: NonNull<AtomicU32>,
     slots: NonNull<Cell<T>>,
     len: u32,
-    /// Keeps the memory alive: a mapping, or in tests a [`HeapRing`].
+    /// Keeps the memory alive: a mapping, or in tests a `HeapRing`.
     _backing: Box<dyn Send>,
 }
 
