@@ -1,5 +1,6 @@
 //! The gateway that `explain` assumes when nobody says which: what follows from the objects, and the rest in words.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::Path;
 
@@ -8,6 +9,7 @@ use config::gateway::{Gateway, GatewaySection, Mode, PortSection, ReturnPath, Ro
 use config::object::{Manifest, Object};
 use config::packet::{PacketSpec, Protocol};
 use ipnet::IpNet;
+use k8s_openapi::api::discovery::v1::Endpoint;
 
 use crate::print::{self, Color, Paint, Tint, notice};
 
@@ -57,6 +59,12 @@ pub fn from_objects(manifests: &[Manifest], node: Option<String>) -> Assumed {
             format!("service ranges {}, from the ClusterIPs", cidrs.join(", "))
         }
     });
+    let cluster_cidrs = pods_outside_pod_cidrs(manifests);
+    match cluster_cidrs.len() {
+        0 => {}
+        1 => because.push("1 address outside the podCIDRs is a pod's, from the endpoints".to_owned()),
+        n => because.push(format!("{n} addresses outside the podCIDRs are pods', from the endpoints")),
+    }
     because.push(match &node {
         Some(node) => format!("the gateway is Node {node}, so that it serves the NodePorts of its addresses"),
         None => "the gateway's own addresses are of the documentation ranges 192.0.2.128/25 and 2001:db8:ffff::/48"
@@ -65,6 +73,7 @@ pub fn from_objects(manifests: &[Manifest], node: Option<String>) -> Assumed {
     let gateway = Gateway {
         gateway: GatewaySection {
             name: node.unwrap_or_else(|| "gateway".to_owned()),
+            cluster_cidrs,
             service_cidrs,
             return_path: ReturnPath::Routed,
             lb_key: "towpath".to_owned(),
@@ -148,6 +157,30 @@ fn pod_cidrs(manifests: &[Manifest]) -> Vec<IpNet> {
         }
     }
     nets
+}
+
+/// Addresses of pods that no podCIDR holds: with some network plugins Nodes have none. Pods with the address of a Node are the Node's.
+fn pods_outside_pod_cidrs(manifests: &[Manifest]) -> Vec<IpNet> {
+    let pod_cidrs = pod_cidrs(manifests);
+    let mut pods = BTreeSet::new();
+    let mut nodes = BTreeSet::new();
+    for manifest in manifests {
+        match &manifest.object {
+            Object::EndpointSlice(slice) => {
+                let is_pod = |endpoint: &&Endpoint| {
+                    endpoint.target_ref.as_ref().is_some_and(|target| target.kind.as_deref() == Some("Pod"))
+                };
+                let of_pods = slice.endpoints.iter().filter(is_pod);
+                pods.extend(
+                    of_pods.filter_map(|endpoint| endpoint.addresses.first()?.parse::<IpAddr>().ok()),
+                );
+            }
+            Object::Node(node) => nodes.extend(node_addresses(node)),
+            _ => {}
+        }
+    }
+    let is_unknown = |ip: &&IpAddr| !pod_cidrs.iter().any(|net| net.contains(*ip));
+    pods.difference(&nodes).filter(is_unknown).map(|ip| IpNet::from(*ip)).collect()
 }
 
 /// One range for each family that holds every ClusterIP: a /16 or a /112 if they fit into one and it touches no pod and no
@@ -245,6 +278,17 @@ mod tests {
         assert_eq!(node("tcp 198.51.100.7:1 > 192.168.50.11:22"), None);
         assert_eq!(node("udp 198.51.100.7:1 > 192.168.50.11:30080"), None);
         assert_eq!(node("tcp 198.51.100.7:1 > 192.168.50.12:30080"), None);
+    }
+
+    #[test]
+    fn endpoints_tell_of_pods_where_nodes_have_no_pod_cidr() {
+        let slice = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: a}\naddressType: IPv4\nendpoints:\n\
+                     - {addresses: [172.16.4.9], targetRef: {kind: Pod, name: a}}\n\
+                     - {addresses: [10.96.1.4], targetRef: {kind: Pod, name: b}}\n\
+                     - {addresses: [192.168.50.11], targetRef: {kind: Pod, name: on-the-host}}\n\
+                     - {addresses: [198.51.100.9]}\n---\n";
+        let pods = pods_outside_pod_cidrs(&manifests(&(slice.to_owned() + NODE)));
+        assert_eq!(pods.iter().map(IpNet::to_string).collect::<Vec<_>>(), ["172.16.4.9/32"]);
     }
 
     #[test]

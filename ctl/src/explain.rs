@@ -38,6 +38,7 @@ Examples:
   towpathctl explain -f cluster.yaml 'udp 10.244.1.5 > 10.96.0.10:53'
   towpathctl explain -f cluster.yaml --config gateway.toml 'icmp 198.51.100.7 > 203.0.113.10 from uplink'
 
+`kubectl get -o json` is read too, and faster, which tells with thousands of objects.
 A packet is PROTOCOL SOURCE[:PORT] > DESTINATION[:PORT] [FLAGS] [from outside|inside|PORT].";
 
 /// Arguments of `explain`.
