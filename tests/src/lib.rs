@@ -5,6 +5,8 @@
 
 pub mod case;
 pub mod decode;
+pub mod frames;
+pub mod gateway;
 pub mod ledger;
 pub mod namespace;
 pub mod oracle;

@@ -1,7 +1,9 @@
-//! Records golden cases: `cases.py | golden record`, see scripts/golden.
+//! Records golden cases, `cases.py | golden record` (see scripts/golden), and writes them as seeds, `golden seeds FOLDER` (see
+//! scripts/fuzz).
 
 use std::collections::BTreeMap;
 use std::io::BufRead;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -26,9 +28,24 @@ struct Input {
 }
 
 fn main() -> Result<()> {
-    if std::env::args().nth(1).as_deref() != Some("record") {
-        bail!("usage: tests/golden/cases.py | golden record");
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["record"] => record(),
+        ["seeds", folder] => seeds(Path::new(folder)),
+        _ => bail!("usage: tests/golden/cases.py | golden record\n       golden seeds FOLDER"),
     }
+}
+
+/// Writes every case as a seed for fuzzing.
+fn seeds(to: &Path) -> Result<()> {
+    for case in Case::all()? {
+        std::fs::write(to.join(&case.name), tests::frames::join(&case))?;
+    }
+    Ok(())
+}
+
+/// Writes the case files anew.
+fn record() -> Result<()> {
     let oracle = Oracle::new("record")?;
     let mut known: BTreeMap<String, Case> =
         Case::all()?.into_iter().map(|case| (case.name.clone(), case)).collect();

@@ -1,0 +1,22 @@
+//! Any text as a Kubernetes manifest, compiled into tables as far as it is accepted; as a gateway file; and as a packet.
+#![no_main]
+
+use std::sync::Arc;
+
+use config::gateway::Gateway;
+use config::packet::PacketSpec;
+use forwarder::control::compile::{Compiler, compile};
+use forwarder::control::state::State;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|input: &[u8]| {
+    let Ok(text) = std::str::from_utf8(input) else { return };
+    let _ = text.parse::<PacketSpec>();
+    let gateway = Gateway::parse(text, "fuzz.toml")
+        .or_else(|_| Gateway::parse(include_str!("../../tests/golden/gateway.toml"), "gateway.toml"))
+        .expect("the gateway file of the golden packets");
+    let gateway = Arc::new(gateway);
+    let manifests = config::object::parse(text, "-");
+    let (state, _) = State::load(&Compiler::new(gateway.clone()).rules(), manifests.manifests);
+    compile(&state, &gateway, &[]);
+});

@@ -1,0 +1,288 @@
+//! A running towpathd: started inside a namespace, asked by `towpathctl`, and checked at the end of every test.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use config::control::{Stats, Status};
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::namespace::Namespace;
+use crate::process::Process;
+
+/// How long a start, a stop or an answer may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The built binaries: TOWPATH_BIN, or the release build, or the debug build.
+pub fn binary(name: &str) -> Result<PathBuf> {
+    if let Some(folder) = std::env::var_os("TOWPATH_BIN") {
+        return Ok(Path::new(&folder).join(name));
+    }
+    // target/debug/deps/TEST -> target
+    let own = std::env::current_exe()?;
+    let target = own.ancestors().nth(3).context("the folder of builds")?;
+    let found = ["release", "debug"].iter().map(|profile| target.join(profile).join(name)).find(|path| path.exists());
+    found.with_context(|| format!("{name} is not built; run: cargo build --release -p forwarder -p ctl"))
+}
+
+/// towpathd in a namespace, with a folder of its own for socket, state and flows.
+#[derive(Debug)]
+pub struct Towpathd {
+    process: Process,
+    folder: TempDir,
+    region: PathBuf,
+    namespace: String,
+    resources: Resources,
+}
+
+/// What a process must not collect while packets flow.
+#[derive(Clone, Copy, Debug)]
+struct Resources {
+    descriptors: usize,
+    threads: usize,
+    resident_kib: u64,
+}
+
+impl Towpathd {
+    /// Starts the daemon with the gateway file `config`, whose `[control]` and `[flows] region` are given here, and waits until
+    /// it answers.
+    pub fn start(namespace: &Namespace, config: &str) -> Result<Towpathd> {
+        let folder = tempfile::Builder::new().prefix(namespace.name()).tempdir()?;
+        // The data plane runs as another account, and reaches its state through here.
+        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755))?;
+        let region = PathBuf::from(format!("/dev/shm/{}-flows", namespace.name()));
+        Towpathd::start_in(namespace, config, folder, region)
+    }
+
+    fn start_in(namespace: &Namespace, config: &str, folder: TempDir, region: PathBuf) -> Result<Towpathd> {
+        let file = folder.path().join("gateway.toml");
+        std::fs::write(&file, with_paths(config, folder.path(), &region))?;
+        let log = folder.path().join("towpathd.log");
+        let program = binary("towpathd")?;
+        let args = ["--config", &file.to_string_lossy()];
+        let process = Process::start(namespace, &program.to_string_lossy(), &args, &log)?;
+        let nothing = Resources { descriptors: 0, threads: 0, resident_kib: 0 };
+        let name = namespace.name().to_owned();
+        let mut daemon = Towpathd { process, folder, region, namespace: name, resources: nothing };
+        daemon.wait_until_ready()?;
+        Ok(daemon)
+    }
+
+    fn wait_until_ready(&mut self) -> Result<()> {
+        let socket = self.socket();
+        let ctl = binary("towpathctl")?;
+        self.process.wait_until(PATIENCE, || {
+            let mut command = std::process::Command::new(&ctl);
+            command.args(["--socket", &socket.to_string_lossy(), "status"]);
+            command.output().is_ok_and(|output| output.status.success())
+        })
+    }
+
+    /// The control socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("control.sock")
+    }
+
+    /// A file of the daemon's folder.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The keeper's pid.
+    pub fn keeper(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// The data plane's pid, while one runs.
+    pub fn data_plane(&self) -> Option<u32> {
+        children(self.keeper()).into_iter().next()
+    }
+
+    /// What both processes logged.
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+
+    /// Runs `towpathctl ARGS`, and returns how it ended.
+    pub fn ctl_output(&self, args: &[&str]) -> Result<Output> {
+        let mut command = std::process::Command::new(binary("towpathctl")?);
+        command.arg("--socket").arg(self.socket()).args(args);
+        command.output().context("towpathctl does not start")
+    }
+
+    /// Runs `towpathctl ARGS` and returns what it printed; an exit code other than 0 is an error.
+    pub fn ctl(&self, args: &[&str]) -> Result<String> {
+        let output = self.ctl_output(args)?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        ensure!(
+            output.status.success(),
+            "towpathctl {}: {}\n{}{}\n{}",
+            args.join(" "),
+            output.status,
+            text(&output.stdout),
+            text(&output.stderr),
+            self.log()
+        );
+        Ok(text(&output.stdout))
+    }
+
+    /// Applies manifests: one change.
+    pub fn apply(&self, manifests: &str) -> Result<String> {
+        let file = self.file("apply.yaml");
+        std::fs::write(&file, manifests)?;
+        self.ctl(&["apply", "-f", &file.to_string_lossy()])
+    }
+
+    /// Counters, of the data plane that runs now.
+    pub fn stats(&self) -> Result<Stats> {
+        serde_json::from_str(&self.ctl(&["stats", "-o", "json"])?).context("stats -o json")
+    }
+
+    /// Health.
+    pub fn status(&self) -> Result<Status> {
+        serde_json::from_str(&self.ctl(&["status", "-o", "json"])?).context("status -o json")
+    }
+
+    /// Drop reasons that are not zero.
+    pub fn drops(&self) -> Result<BTreeMap<String, u64>> {
+        let drops = self.stats()?.drops;
+        Ok(drops.into_iter().filter(|count| count.value > 0).map(|count| (count.name, count.value)).collect())
+    }
+
+    /// Kills the data plane as `kill -9` does, and returns the pid of the next one.
+    pub fn kill_data_plane(&self) -> Result<u32> {
+        let victim = self.data_plane().context("no data plane runs")?;
+        kill(victim)?;
+        let start = Instant::now();
+        loop {
+            match self.data_plane() {
+                Some(next) if next != victim => return Ok(next),
+                _ if start.elapsed() > PATIENCE => bail!("no data plane was started again:\n{}", self.log()),
+                _ => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
+    }
+
+    /// Kills keeper and data plane as `kill -9` does, and starts the daemon again on what they left.
+    pub fn kill_all_and_restart(self, namespace: &Namespace, config: &str) -> Result<Towpathd> {
+        if let Some(victim) = self.data_plane() {
+            kill(victim)?;
+        }
+        let Towpathd { process, folder, region, .. } = self;
+        process.signal(Signal::KILL)?;
+        drop(process);
+        Towpathd::start_in(namespace, config, folder, region)
+    }
+
+    /// Notes what the processes hold now, after warm-up; [`Towpathd::finish`] compares.
+    pub fn warmed_up(&mut self) -> Result<()> {
+        self.resources = self.measure()?;
+        Ok(())
+    }
+
+    /// The checks that every test ends with, and a clean stop. `allowed`: drop reasons that the test gives.
+    ///
+    /// - A1: every packet received was forwarded, answered, punted, held or dropped for a reason, exactly.
+    /// - A2: no descriptor was refused by the kernel or by us.
+    /// - A3: the log has no panic and no error.
+    /// - A4: descriptors and threads as after warm-up, memory within reach of it.
+    /// - A5: only drop reasons on the list.
+    pub fn finish(mut self, allowed: &[&str]) -> Result<()> {
+        let stats = self.settled()?;
+        conserved(&stats)?;
+        for port in self.status()?.ports {
+            for (name, value) in &port.counters {
+                ensure!(!name.contains("invalid") || *value == 0, "A2: {} {name} is {value}", port.name);
+            }
+        }
+        if self.resources.descriptors > 0 {
+            let (before, now) = (self.resources, self.measure()?);
+            ensure!(
+                now.descriptors == before.descriptors && now.threads == before.threads,
+                "A4: {before:?} after warm-up, {now:?} at the end"
+            );
+            let grown = now.resident_kib.saturating_sub(before.resident_kib);
+            ensure!(grown <= 8 * 1024, "A4: memory grew by {grown} KiB");
+        }
+        for (reason, count) in self.drops()? {
+            ensure!(allowed.contains(&reason.as_str()), "A5: {count} packets dropped for {reason}");
+        }
+        self.process.signal(Signal::TERM)?;
+        let status = self.process.wait(PATIENCE)?;
+        ensure!(status.success(), "the daemon ended with {status}:\n{}", self.log());
+        for line in self.log().lines() {
+            let bad = ["panicked", " ERROR ", "BUG", "stack backtrace"].iter().any(|word| line.contains(word));
+            ensure!(!bad, "A3: the log says: {line}\n{}", self.log());
+        }
+        Ok(())
+    }
+
+    /// Counters once no packet moves any more.
+    fn settled(&self) -> Result<Stats> {
+        let mut last = self.stats()?;
+        for _ in 0..100 {
+            std::thread::sleep(Duration::from_millis(50));
+            let now = self.stats()?;
+            if now.totals == last.totals && conserved(&now).is_ok() {
+                return Ok(now);
+            }
+            last = now;
+        }
+        Ok(last)
+    }
+
+    fn measure(&self) -> Result<Resources> {
+        let pid = self.data_plane().context("no data plane runs")?;
+        let proc = PathBuf::from(format!("/proc/{pid}"));
+        let count = |folder: &str| std::fs::read_dir(proc.join(folder)).map(Iterator::count);
+        let status = std::fs::read_to_string(proc.join("status"))?;
+        let resident = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap_or("0 kB");
+        let resident_kib = resident.trim().trim_end_matches(" kB").parse()?;
+        Ok(Resources { descriptors: count("fd")?, threads: count("task")?, resident_kib })
+    }
+}
+
+impl Drop for Towpathd {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("towpathd in {} logged:\n{}", self.namespace, self.log());
+        }
+        for ending in ["", ".affinity"] {
+            let _ = std::fs::remove_file(format!("{}{ending}", self.region.display()));
+        }
+    }
+}
+
+/// A1: received packets are those forwarded, answered, punted, held and dropped.
+fn conserved(stats: &Stats) -> Result<()> {
+    let total = |name: &str| stats.totals.iter().find(|count| count.name == name).map_or(0, |count| count.value);
+    let reasons: u64 = stats.drops.iter().map(|count| count.value).sum();
+    // A packet that was answered has a reason too, so that answers are counted among the reasons.
+    let ended = total("forwarded") + total("punted") + reasons;
+    let received = total("rx_packets");
+    ensure!(received == ended, "A1: {received} packets received, {ended} ended: {stats:#?}");
+    Ok(())
+}
+
+/// The gateway file with the paths of this run.
+fn with_paths(config: &str, folder: &Path, region: &Path) -> String {
+    let folder = folder.display();
+    let control = format!("\n[control]\nsocket = \"{folder}/control.sock\"\nstate_dir = \"{folder}/state\"\n");
+    let flows = format!("[flows]\nregion = \"{}\"", region.display());
+    format!("{}{control}", config.replacen("[flows]", &flows, 1))
+}
+
+/// Pids of the children of a process.
+fn children(pid: u32) -> Vec<u32> {
+    let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    list.split_whitespace().filter_map(|word| word.parse().ok()).collect()
+}
+
+fn kill(pid: u32) -> Result<()> {
+    let pid = rustix::process::Pid::from_raw(pid as i32).context("pid 0")?;
+    rustix::process::kill_process(pid, Signal::KILL).context("kill -9")
+}
