@@ -25,7 +25,8 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     // target/debug/deps/TEST -> target
     let own = std::env::current_exe()?;
     let target = own.ancestors().nth(3).context("the folder of builds")?;
-    let found = ["release", "debug"].iter().map(|profile| target.join(profile).join(name)).find(|path| path.exists());
+    let found =
+        ["release", "debug"].iter().map(|profile| target.join(profile).join(name)).find(|path| path.exists());
     found.with_context(|| format!("{name} is not built; run: cargo build --release -p forwarder -p ctl"))
 }
 
@@ -55,10 +56,6 @@ impl Towpathd {
         // The data plane runs as another account, and reaches its state through here.
         std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755))?;
         let region = PathBuf::from(format!("/dev/shm/{}-flows", namespace.name()));
-        Towpathd::start_in(namespace, config, folder, region)
-    }
-
-    fn start_in(namespace: &Namespace, config: &str, folder: TempDir, region: PathBuf) -> Result<Towpathd> {
         let file = folder.path().join("gateway.toml");
         std::fs::write(&file, with_paths(config, folder.path(), &region))?;
         let log = folder.path().join("towpathd.log");
@@ -168,14 +165,20 @@ impl Towpathd {
     }
 
     /// Kills keeper and data plane as `kill -9` does, and starts the daemon again on what they left.
-    pub fn kill_all_and_restart(self, namespace: &Namespace, config: &str) -> Result<Towpathd> {
-        if let Some(victim) = self.data_plane() {
-            kill(victim)?;
+    pub fn kill_all_and_restart(&mut self, namespace: &Namespace) -> Result<()> {
+        let victim = self.data_plane();
+        self.process.signal(Signal::KILL)?;
+        if let Some(victim) = victim {
+            // The data plane may have ended with its keeper already.
+            let _ = kill(victim);
         }
-        let Towpathd { process, folder, region, .. } = self;
-        process.signal(Signal::KILL)?;
-        drop(process);
-        Towpathd::start_in(namespace, config, folder, region)
+        self.process = Process::start(
+            namespace,
+            &binary("towpathd")?.to_string_lossy(),
+            &["--config", &self.file("gateway.toml").to_string_lossy()],
+            &self.file("towpathd.log"),
+        )?;
+        self.wait_until_ready()
     }
 
     /// Notes what the processes hold now, after warm-up; [`Towpathd::finish`] compares.
@@ -215,7 +218,8 @@ impl Towpathd {
         let status = self.process.wait(PATIENCE)?;
         ensure!(status.success(), "the daemon ended with {status}:\n{}", self.log());
         for line in self.log().lines() {
-            let bad = ["panicked", " ERROR ", "BUG", "stack backtrace"].iter().any(|word| line.contains(word));
+            let bad =
+                ["panicked", " ERROR ", "BUG", "stack backtrace"].iter().any(|word| line.contains(word));
             ensure!(!bad, "A3: the log says: {line}\n{}", self.log());
         }
         Ok(())
@@ -259,7 +263,8 @@ impl Drop for Towpathd {
 
 /// A1: received packets are those forwarded, answered, punted, held and dropped.
 fn conserved(stats: &Stats) -> Result<()> {
-    let total = |name: &str| stats.totals.iter().find(|count| count.name == name).map_or(0, |count| count.value);
+    let total =
+        |name: &str| stats.totals.iter().find(|count| count.name == name).map_or(0, |count| count.value);
     let reasons: u64 = stats.drops.iter().map(|count| count.value).sum();
     // A packet that was answered has a reason too, so that answers are counted among the reasons.
     let ended = total("forwarded") + total("punted") + reasons;
@@ -271,7 +276,8 @@ fn conserved(stats: &Stats) -> Result<()> {
 /// The gateway file with the paths of this run.
 fn with_paths(config: &str, folder: &Path, region: &Path) -> String {
     let folder = folder.display();
-    let control = format!("\n[control]\nsocket = \"{folder}/control.sock\"\nstate_dir = \"{folder}/state\"\n");
+    let control =
+        format!("\n[control]\nsocket = \"{folder}/control.sock\"\nstate_dir = \"{folder}/state\"\n");
     let flows = format!("[flows]\nregion = \"{}\"", region.display());
     format!("{}{control}", config.replacen("[flows]", &flows, 1))
 }
