@@ -12,6 +12,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use af_xdp::{FramePool, Umem};
 use anyhow::{Context, Result};
@@ -23,6 +24,7 @@ use super::manifest::{Manifest, ManifestPort};
 use super::ports::socket_config;
 use super::requests::Keeper;
 use super::sandbox;
+use super::supervise::monotonic_ns;
 use crate::control::publish::Publisher;
 use crate::control::{Control, ControlParts, PortInfo};
 use crate::kernel::mirror::{Mirror, MirrorConfig};
@@ -90,6 +92,7 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
         restarts: manifest.restarts,
     })?;
 
+    let started_ns = monotonic_ns();
     let stop = Arc::new(AtomicBool::new(false));
     let mut threads = Vec::new();
     for (index, ((ports, pool), punts)) in queues.into_iter().zip(punts).enumerate() {
@@ -107,8 +110,14 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
         };
         threads.push(start_worker(worker, gateway.workers.cpus[index], stop.clone())?);
     }
+    // Until its first heartbeat the steering program takes a worker for dead.
+    let begun = |worker| heartbeats.last_ns(worker) >= started_ns;
+    while !(0..workers).all(begun) && !threads.iter().any(thread::JoinHandle::is_finished) {
+        thread::sleep(Duration::from_micros(100));
+    }
     keeper.ready()?;
     for thread in threads {
+        // They end only if something is wrong; the keeper starts everything again then.
         thread.join().map_err(|_| anyhow::anyhow!("a worker panicked outside of a burst"))??;
     }
     anyhow::bail!("a worker ended")
