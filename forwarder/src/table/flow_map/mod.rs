@@ -47,7 +47,7 @@ use crossbeam::utils::CachePadded;
 use crate::addr::{Addr, Tuple};
 use hash::{HashKey, Packed};
 use reclaim::{FreeRecords, Keeping, Workers};
-use region::{Region, Sizes};
+use region::{Header, Region, Sizes};
 use sync::{AtomicU64, Ordering};
 
 pub use insert::{InsertError, Inserted};
@@ -145,13 +145,6 @@ pub enum EmptyReason {
     },
     /// The header is damaged.
     Checksum,
-    /// The configured capacity is another.
-    Capacity {
-        /// In the file.
-        found: u64,
-        /// Configured.
-        expected: u32,
-    },
     /// The file is cut off or has grown.
     Length {
         /// Bytes.
@@ -170,9 +163,6 @@ impl fmt::Display for EmptyReason {
                 write!(f, "the flow region has layout version {found}, this build has {expected}")
             }
             EmptyReason::Checksum => write!(f, "the header of the flow region is damaged"),
-            EmptyReason::Capacity { found, expected } => {
-                write!(f, "the flow region was made for {found} connections, {expected} are configured")
-            }
             EmptyReason::Length { found, expected } => {
                 write!(f, "the flow region has {found} bytes instead of {expected}")
             }
@@ -191,6 +181,10 @@ pub struct Recovery {
     pub cleared_slots: u32,
     /// Slots of kept flows that were missing or wrong and were set again. Not 0 only if the region was damaged.
     pub relinked: u32,
+    /// The capacity before, if it was another one.
+    pub resized_from: Option<u32>,
+    /// Flows for which the new capacity had no room.
+    pub left_out: u32,
     /// Why there are no flows, if the region was started anew.
     pub empty: Option<EmptyReason>,
 }
@@ -285,12 +279,18 @@ impl fmt::Debug for FlowMap {
 impl FlowMap {
     /// Maps the region in `file`, which is made or extended as needed, and goes on with every flow in it.
     ///
-    /// If the region is of another layout version or capacity or its header is damaged, it is started without flows and
-    /// [`Recovery::empty`] says why. The caller sees to it that only one process has the region open. Cost: a pass over state words and
-    /// slots, about 10 ms a million records.
+    /// A region of another capacity is made anew and its flows move there. If the region is of another layout version or its header
+    /// is damaged, it is started without flows and [`Recovery::empty`] says why. The caller sees to it that only one process
+    /// has the region open. Cost: a pass over state words and slots, about 10 ms a million records.
     pub fn open(file: &std::fs::File, config: FlowMapConfig) -> Result<(FlowMap, Recovery), FlowMapError> {
         let sizes = check(&config)?;
-        let (region, key, empty) = Region::open(file, sizes)?;
+        let found = match Header::read(file) {
+            Ok(header) if header.sizes != sizes => {
+                return FlowMap::resize(file, header.sizes.records, config);
+            }
+            found => found,
+        };
+        let (region, key, empty) = Region::open(file, sizes, found)?;
         let mut map = FlowMap::over(region, key, config);
         let recovery = Recovery { empty, ..map.recover() };
         Ok((map, recovery))

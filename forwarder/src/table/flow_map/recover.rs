@@ -3,7 +3,9 @@
 use super::hash::Packed;
 use super::layout::{Life, Slot, State};
 use super::sync::Ordering;
-use super::{Direction, FlowMap, Recovery};
+use std::fs::File;
+
+use super::{Direction, FlowMap, FlowMapConfig, FlowMapError, NewFlow, Recovery};
 
 /// A bit a record.
 struct Bits(Vec<u64>);
@@ -27,6 +29,48 @@ impl Bits {
 }
 
 impl FlowMap {
+    /// Makes the region in `file`, of capacity `from`, anew with the capacity of `config`, and moves its flows there. Flows that are not
+    /// embryonic go first, in case there is less room than before.
+    pub(super) fn resize(
+        file: &File,
+        from: u32,
+        config: FlowMapConfig,
+    ) -> Result<(FlowMap, Recovery), FlowMapError> {
+        let (old, recovery) = FlowMap::open(file, FlowMapConfig { capacity: from, ..config })?;
+        let mut flows: Vec<(NewFlow, u32, u32)> = (0..from).filter_map(|index| old.to_move(index)).collect();
+        flows.sort_by_key(|(flow, ..)| old.is_embryonic(flow.phase));
+        drop(old);
+        file.set_len(0).map_err(FlowMapError::file("empty"))?;
+        let (map, _) = FlowMap::open(file, config)?;
+        let mut worker = map.worker(0);
+        for (flow, created_s, last_seen_s) in &flows {
+            if let Ok(inserted) = map.insert(&mut worker, flow, *created_s) {
+                inserted.flow.touch(*last_seen_s);
+            }
+        }
+        drop(worker);
+        let kept = map.len() as u32;
+        let left_out = flows.len() as u32 - kept;
+        Ok((map, Recovery { kept, left_out, resized_from: Some(from), ..recovery }))
+    }
+
+    /// The flow in record `index` with the times of its birth and its last packet. Cached next hops stay behind.
+    fn to_move(&self, index: u32) -> Option<(NewFlow, u32, u32)> {
+        let flow = self.snapshot(index)?;
+        let new = NewFlow {
+            original: flow.original,
+            reply: flow.reply,
+            phase: flow.phase,
+            timeout_s: self.region.records()[index as usize].timeout_s(),
+            service: flow.service,
+            endpoint_addr: flow.endpoint_addr,
+            endpoint_port: flow.endpoint_port,
+            generation: flow.generation,
+            flags: flow.flags,
+        };
+        Some((new, flow.created_s, flow.last_seen_s))
+    }
+
     /// Keeps live records, frees all others and makes the slots agree. Nobody else uses the region yet.
     ///
     /// Two sequential passes, over state words and over slots; a bit a record in between stays in the cache.

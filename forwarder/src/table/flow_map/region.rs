@@ -30,8 +30,7 @@ const HEADER_WORDS: usize = 8;
 /// The first words of the region, in this order, then a checksum.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Header {
-    pub records: u32,
-    pub buckets: u32,
+    pub sizes: Sizes,
     pub key: [u64; 2],
 }
 
@@ -40,8 +39,8 @@ impl Header {
         let mut words = [
             MAGIC,
             LAYOUT_VERSION,
-            u64::from(self.records),
-            u64::from(self.buckets),
+            u64::from(self.sizes.records),
+            u64::from(self.sizes.buckets),
             self.key[0],
             self.key[1],
             0,
@@ -51,14 +50,15 @@ impl Header {
         words
     }
 
-    /// Reads the header of `file`, which has `len` bytes, and compares it with what is wanted.
-    fn read(file: &File, len: u64, wanted: Sizes) -> Result<Header, EmptyReason> {
+    /// Reads the header of `file`.
+    pub fn read(file: &File) -> Result<Header, EmptyReason> {
+        let len = file.metadata().map_or(0, |metadata| metadata.len());
         if len == 0 {
             return Err(EmptyReason::New);
         }
         let mut bytes = [0u8; 8 * HEADER_WORDS];
         if len < PAGE as u64 || file.read_exact_at(&mut bytes, 0).is_err() {
-            return Err(EmptyReason::Length { found: len, expected: wanted.len() as u64 });
+            return Err(EmptyReason::Length { found: len, expected: PAGE as u64 });
         }
         let mut words = [0u64; HEADER_WORDS];
         for (word, bytes) in words.iter_mut().zip(bytes.as_chunks::<8>().0) {
@@ -73,13 +73,12 @@ impl Header {
         if words[HEADER_WORDS - 1] != checksum(&words[..HEADER_WORDS - 1]) {
             return Err(EmptyReason::Checksum);
         }
-        if words[2] != u64::from(wanted.records) || words[3] != u64::from(wanted.buckets) {
-            return Err(EmptyReason::Capacity { found: words[2], expected: wanted.records });
+        let header = Header { sizes: Sizes::for_capacity(words[2] as u32), key: [words[4], words[5]] };
+        let expected = header.sizes.len() as u64;
+        if len != expected {
+            return Err(EmptyReason::Length { found: len, expected });
         }
-        if len != wanted.len() as u64 {
-            return Err(EmptyReason::Length { found: len, expected: wanted.len() as u64 });
-        }
-        Ok(Header { records: wanted.records, buckets: wanted.buckets, key: [words[4], words[5]] })
+        Ok(header)
     }
 }
 
@@ -133,18 +132,21 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// Maps `file`. If its header is not what `sizes` asks for, the file is emptied, extended and given a new header and key.
-    pub fn open(file: &File, sizes: Sizes) -> Result<(Region, [u64; 2], Option<EmptyReason>), FlowMapError> {
-        let found = file.metadata().map_err(FlowMapError::file("read the size of"))?.len();
-        let (header, empty) = match Header::read(file, found, sizes) {
+    /// Maps `file` as it is if its header says so, which must ask for `sizes`; else empties it and gives it a new header and key.
+    pub fn open(
+        file: &File,
+        sizes: Sizes,
+        found: Result<Header, EmptyReason>,
+    ) -> Result<(Region, [u64; 2], Option<EmptyReason>), FlowMapError> {
+        let (header, empty) = match found {
             Ok(header) => (header, None),
             Err(reason) => {
                 file.set_len(0).map_err(FlowMapError::file("empty"))?;
                 file.set_len(sizes.len() as u64).map_err(FlowMapError::file("extend"))?;
-                let key = random_key()?;
-                (Header { records: sizes.records, buckets: sizes.buckets, key }, Some(reason))
+                (Header { sizes, key: random_key()? }, Some(reason))
             }
         };
+        assert!(header.sizes == sizes, "the caller compares the capacities");
         let needed = sizes.extensions_at() as u64;
         rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, needed).map_err(|error| {
             FlowMapError::NoRoom { needed, full: sizes.len() as u64, error: error.into() }

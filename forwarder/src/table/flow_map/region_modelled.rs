@@ -20,6 +20,17 @@ impl Sizes {
     }
 }
 
+/// Nothing is ever found.
+pub(super) struct Header {
+    pub sizes: Sizes,
+}
+
+impl Header {
+    pub fn read(_file: &std::fs::File) -> Result<Header, EmptyReason> {
+        Err(EmptyReason::New)
+    }
+}
+
 /// As the mapped one.
 pub(super) struct Region {
     buckets: Box<[Bucket]>,
@@ -32,6 +43,7 @@ impl Region {
     pub fn open(
         _file: &std::fs::File,
         sizes: Sizes,
+        _found: Result<Header, EmptyReason>,
     ) -> Result<(Region, [u64; 2], Option<EmptyReason>), FlowMapError> {
         Region::anonymous(sizes).map(|(region, key)| (region, key, Some(EmptyReason::New)))
     }

@@ -34,7 +34,7 @@ fn flows_go_on() {
     std::mem::forget(map);
 
     let (map, recovery) = open(&file, 1_000);
-    assert_eq!(recovery, Recovery { kept: 298, scrubbed: 1, cleared_slots: 2, relinked: 0, empty: None });
+    assert_eq!(recovery, Recovery { kept: 298, scrubbed: 1, cleared_slots: 2, ..Recovery::default() });
     assert_eq!(map.hash(&client(1)), hash);
     for (tuple, id) in &ids[1..] {
         assert_eq!(find(&map, tuple).unwrap().flow.id(), *id);
@@ -62,7 +62,7 @@ fn what_cannot_be_kept_is_said() {
     };
     assert_eq!(refill(100), Some(EmptyReason::New));
     assert_eq!(refill(100), None);
-    assert_eq!(refill(200), Some(EmptyReason::Capacity { found: 100, expected: 200 }));
+    assert_eq!(refill(200), None);
     file.write_at(b"x", 3).unwrap();
     assert_eq!(refill(200), Some(EmptyReason::Foreign));
     file.write_at(&[9], 8).unwrap();
@@ -73,10 +73,58 @@ fn what_cannot_be_kept_is_said() {
     file.set_len(len - 1).unwrap();
     assert_eq!(refill(200), Some(EmptyReason::Length { found: len - 1, expected: len }));
     file.set_len(100).unwrap();
-    assert_eq!(refill(200), Some(EmptyReason::Length { found: 100, expected: len }));
+    assert_eq!(refill(200), Some(EmptyReason::Length { found: 100, expected: 4_096 }));
     (&file).write_all(&[7; 8192]).unwrap();
     assert_eq!(refill(200), Some(EmptyReason::Foreign));
     assert_eq!(refill(200), None);
+}
+
+#[test]
+fn flows_move_when_the_capacity_changes() {
+    let file = tempfile::tempfile().unwrap();
+    let (map, _) = open(&file, 1_000);
+    let mut worker = map.worker(0);
+    for i in 0..200 {
+        let new =
+            NewFlow { phase: (i % 4 != 0).into(), flags: 9, ..if i % 3 == 0 { flow_v6(i) } else { flow(i) } };
+        map.insert(&mut worker, &new, i).unwrap().flow.touch(i + 5);
+    }
+    let affinity = NewFlow {
+        original: client(777),
+        endpoint_addr: Addr::v4(5),
+        timeout_s: 99,
+        phase: 1,
+        ..NewFlow::default()
+    };
+    let affinity = NewFlow { service: signature(&affinity.original, None, 0), ..affinity };
+    map.insert(&mut worker, &affinity, 1).unwrap();
+    let flows = |map: &FlowMap| {
+        let mut flows: Vec<_> = (0..map.capacity() as u32).filter_map(|i| map.snapshot(i)).collect();
+        flows.sort_by_key(|flow| flow.original.to_string());
+        flows
+    };
+    let before = flows(&map);
+    drop((worker, map));
+
+    let (map, recovery) = open(&file, 2_500);
+    assert_eq!(recovery, Recovery { kept: 201, resized_from: Some(1_000), ..Recovery::default() });
+    assert_consistent(&map);
+    let after = flows(&map);
+    assert_eq!(after.len(), before.len());
+    for (before, after) in before.iter().zip(&after) {
+        assert_eq!(*before, FlowSnapshot { id: before.id, ..*after });
+    }
+    assert_eq!(find(&map, &client(777)).unwrap().flow.timeout_s(), 99);
+    drop(map);
+
+    // Less room: established flows go first.
+    let (map, recovery) = open(&file, 160);
+    assert_eq!((recovery.kept, recovery.left_out, recovery.resized_from), (160, 41, Some(2_500)));
+    assert_eq!(map.embryonic_len(), 9);
+    assert_consistent(&map);
+    drop(map);
+    let (_, recovery) = open(&file, 160);
+    assert_eq!((recovery.kept, recovery.resized_from), (160, None));
 }
 
 /// Each point at which a process may die while it publishes or removes, and worse.
@@ -122,7 +170,7 @@ fn every_half_done_step_is_repaired() {
     drop(map);
 
     let (map, recovery) = open(&file, 100);
-    let expected = Recovery { kept: 4, scrubbed: 4, cleared_slots: 0, relinked: 3, empty: None };
+    let expected = Recovery { kept: 4, scrubbed: 4, relinked: 3, ..Recovery::default() };
     assert_eq!(Recovery { cleared_slots: 0, ..recovery }, expected);
     // One of 1, two each of 2, 3 and 5, one of 4, and the three that damage added.
     assert_eq!(recovery.cleared_slots, 11);
