@@ -19,7 +19,7 @@ fn established(c: &mut Criterion) {
     for flows in [1_000u32, 100_000, 1_000_000] {
         let mut gateway = Gateway::with_capacity(flows);
         let packet = |flow: u32| {
-            let client = Addr::v4(0xc633_0000 | flow / 60_000);
+            let client = Addr::v4(0xc633_0000 | (flow / 60_000));
             rig::udp(client, 1024 + (flow % 60_000) as u16, VIP, 53, b"0123456789abcdef")
         };
         for flow in 0..flows {

@@ -1,10 +1,10 @@
 //! After a restart: what the last process left in the region becomes a map again.
 
+use std::fs::File;
+
 use super::hash::Packed;
 use super::layout::{Life, Slot, State};
 use super::sync::Ordering;
-use std::fs::File;
-
 use super::{Direction, FlowMap, FlowMapConfig, FlowMapError, NewFlow, Recovery};
 
 /// A bit a record.
