@@ -350,17 +350,17 @@ impl Committer {
     fn publish(&mut self, world: &World, compilation: Compilation) {
         self.generation += 1;
         debug_assert_eq!(compilation.tables.generation, self.generation);
-        let routes_changed = compilation.routes_changed;
-        self.shared.publisher.publish_tables(compilation.tables);
-        self.published = Instant::now();
-        self.is_settled = false;
-        self.cleanup.merge(compilation.udp_cleanup);
-        if routes_changed {
+        // Routes first: a Service must not be served before its endpoints can be reached.
+        if compilation.routes_changed {
             let pod_routes = identities::pod_routes(&world.state, &self.shared.gateway);
             let endpoints =
                 world.state.slices().flat_map(|(_, slice)| slice.endpoints.iter().map(|e| e.addr));
             (self.routes)(Wanted { pod_routes, endpoints: endpoints.collect() });
         }
+        self.shared.publisher.publish_tables(compilation.tables);
+        self.published = Instant::now();
+        self.is_settled = false;
+        self.cleanup.merge(compilation.udp_cleanup);
         self.shared.publisher.reap();
     }
 

@@ -86,7 +86,11 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
         affinity_worker: affinity.worker(workers),
         affinity: affinity.clone(),
         steer: Box::new(keeper.clone()),
-        routes: Box::new(move |routes| wanted.want(routes)),
+        routes: Box::new(move |routes| {
+            if !wanted.want(routes) {
+                warn!("routes to pods are not in force yet; they follow");
+            }
+        }),
         ports: port_infos(&manifest, &queues),
         port_counters: Box::new(|_| BTreeMap::new()),
         restarts: manifest.restarts,

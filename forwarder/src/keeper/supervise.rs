@@ -43,6 +43,8 @@ struct Child {
     started: Instant,
     started_ns: u64,
     ready: Option<Instant>,
+    /// It was killed because it does not speak any more; only its end is waited for.
+    silent: bool,
 }
 
 /// Nanoseconds of CLOCK_MONOTONIC, the clock of the heartbeats.
@@ -70,7 +72,7 @@ impl Child {
         let child = manifest.while_inherited(&written, || command.spawn())?;
         let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
         info!(pid = child.id(), "data plane started");
-        Ok(Child { child, pidfd, requests: Requests::new(ours), started, started_ns, ready: None })
+        Ok(Child { child, pidfd, requests: Requests::new(ours), started, started_ns, ready: None, silent: false })
     }
 
     fn kill(&self) {
@@ -172,7 +174,9 @@ impl Supervisor<'_> {
                     act(request)
                 });
                 if let Err(cause) = answered {
-                    warn!(pid = child.child.id(), "data plane does not speak any more ({cause}): killing it");
+                    // The end of the stream comes a moment before the end of the process: mostly it is dying already.
+                    info!(pid = child.child.id(), "data plane does not speak any more ({cause})");
+                    child.silent = true;
                     child.kill();
                 }
             }
@@ -222,7 +226,9 @@ impl Supervisor<'_> {
         let mut fds = vec![PollFd::new(&self.stop, PollFlags::IN)];
         if let Some(child) = child {
             fds.push(PollFd::from_borrowed_fd(child.pidfd.as_fd(), PollFlags::IN));
-            fds.push(PollFd::new(child.requests.stream(), PollFlags::IN));
+            if !child.silent {
+                fds.push(PollFd::new(child.requests.stream(), PollFlags::IN));
+            }
         }
         match poll(&mut fds, Some(&timeout)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}

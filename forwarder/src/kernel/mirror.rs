@@ -12,7 +12,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,8 @@ use crate::tables::{Fib, Route};
 
 /// RTNLGRP_LINK 1, NEIGH 3, IPV4_IFADDR 5, IPV4_ROUTE 7, IPV4_RULE 8, IPV6_IFADDR 9, IPV6_ROUTE 11, IPV6_RULE 19, NEXTHOP 32.
 const GROUPS: u32 = 1 | 1 << 2 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 10 | 1 << 18 | 1 << 31;
+/// How long [`Mirror::want`] waits at most.
+const WANT_PATIENCE: Duration = Duration::from_secs(1);
 /// Shortest time between two tables.
 const BUILD_EVERY: Duration = Duration::from_millis(1);
 /// A build may take one part in this many of the thread's time.
@@ -81,9 +83,20 @@ pub struct MirrorStats {
     pub neighbors_missing: u64,
 }
 
+/// What control wants, and how far the mirror has come with it.
+#[derive(Debug, Default)]
+struct Wants {
+    next: Option<Wanted>,
+    /// Counts calls of [`Mirror::want`].
+    asked: u64,
+    /// The last of them whose wishes are in a published table.
+    done: u64,
+}
+
 #[derive(Debug)]
 struct Shared {
-    wanted: Mutex<Option<Wanted>>,
+    wants: Mutex<Wants>,
+    wants_done: Condvar,
     asks: ArrayQueue<(u8, Addr)>,
     /// Set by the first ask after the queue was emptied: only that one pays for a system call.
     asked: AtomicBool,
@@ -132,7 +145,8 @@ impl Mirror {
         F: FnMut(Fib) + Send + 'static,
     {
         let shared = Arc::new(Shared {
-            wanted: Mutex::new(None),
+            wants: Mutex::default(),
+            wants_done: Condvar::new(),
             asks: ArrayQueue::new(ASKS),
             asked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -154,6 +168,7 @@ impl Mirror {
             publish,
             state: Snapshot::default(),
             wanted: Wanted::default(),
+            taken: 0,
             forwarding: Forwarding::default(),
             routes: Arc::default(),
             epoch: 0,
@@ -166,10 +181,16 @@ impl Mirror {
         Ok(Mirror { shared, thread: Some(thread) })
     }
 
-    /// Replaces what Kubernetes objects ask of the forwarding table. Takes effect within milliseconds.
-    pub fn want(&self, wanted: Wanted) {
-        *self.shared.wanted.lock().unwrap_or_else(PoisonError::into_inner) = Some(wanted);
+    /// Replaces what Kubernetes objects ask of the forwarding table, and waits until it is published: some milliseconds, so that no
+    /// Service is served before there are routes to its endpoints. False: not within a second; it will take effect later.
+    pub fn want(&self, wanted: Wanted) -> bool {
+        let mut wants = self.shared.wants.lock().unwrap_or_else(PoisonError::into_inner);
+        wants.next = Some(wanted);
+        wants.asked += 1;
+        let mine = wants.asked;
         self.shared.wake();
+        let done = self.shared.wants_done.wait_timeout_while(wants, WANT_PATIENCE, |wants| wants.done < mine);
+        !done.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
     /// What a worker asks through.
@@ -244,6 +265,8 @@ struct Follower<P, F> {
     publish: F,
     state: Snapshot,
     wanted: Wanted,
+    /// Wishes taken from [`Wants::next`] so far.
+    taken: u64,
     forwarding: Forwarding,
     routes: Arc<Lpm<Route>>,
     epoch: u32,
@@ -282,6 +305,9 @@ impl<P: Privileged, F: FnMut(Fib)> Follower<P, F> {
                     keep_at = now;
                 }
             }
+            if !self.stale.is_table() {
+                self.report_done();
+            }
             if now >= keep_at {
                 keep_at = now + KEEP_EVERY;
                 let missing = self.keep.reconcile(&self.forwarding, &self.state.neighbors, now);
@@ -290,6 +316,15 @@ impl<P: Privileged, F: FnMut(Fib)> Follower<P, F> {
                     self.shared.snapshot.store(Arc::new(self.state.clone()));
                 }
             }
+        }
+    }
+
+    /// Everything that was wanted when inputs were last taken is published.
+    fn report_done(&self) {
+        let mut wants = self.shared.wants.lock().unwrap_or_else(PoisonError::into_inner);
+        if wants.done < self.taken {
+            wants.done = self.taken;
+            self.shared.wants_done.notify_all();
         }
     }
 
@@ -309,7 +344,11 @@ impl<P: Privileged, F: FnMut(Fib)> Follower<P, F> {
 
     /// Takes what control wants and what workers ask.
     fn take_inputs(&mut self) {
-        let wanted = self.shared.wanted.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let wanted = {
+            let mut wants = self.shared.wants.lock().unwrap_or_else(PoisonError::into_inner);
+            self.taken = wants.asked;
+            wants.next.take()
+        };
         if let Some(wanted) = wanted.filter(|wanted| *wanted != self.wanted) {
             self.wanted = wanted;
             self.stale.table = true;
