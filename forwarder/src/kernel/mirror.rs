@@ -39,6 +39,8 @@ const GROUPS: u32 = 1 | 1 << 2 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 10 | 1
 const WANT_PATIENCE: Duration = Duration::from_secs(1);
 /// Shortest time between two tables.
 const BUILD_EVERY: Duration = Duration::from_millis(1);
+/// Longest time between two tables while something changes, however long building takes.
+const BUILD_PAUSE: Duration = Duration::from_secs(1);
 /// A build may take one part in this many of the thread's time.
 const BUILD_SHARE: u32 = 4;
 /// How often neighbors are looked after when nothing happens.
@@ -176,7 +178,9 @@ impl Mirror {
             lost: false,
         };
         follower.refresh()?;
-        follower.build();
+        if let Some(fib) = follower.build() {
+            (follower.publish)(fib);
+        }
         let thread = std::thread::Builder::new().name("mirror".into()).spawn(move || follower.run())?;
         Ok(Mirror { shared, thread: Some(thread) })
     }
@@ -300,8 +304,13 @@ impl<P: Privileged, F: FnMut(Fib)> Follower<P, F> {
                     warn!("the kernel's tables cannot be read, trying again: {error}");
                     build_at = Instant::now() + RETRY_AFTER;
                 } else {
-                    self.build();
-                    build_at = Instant::now() + BUILD_EVERY.max(now.elapsed() * (BUILD_SHARE - 1));
+                    let fib = self.build();
+                    // Whoever takes the table may take its time: that is no reason for the next one to be late.
+                    let pause = (now.elapsed() * (BUILD_SHARE - 1)).clamp(BUILD_EVERY, BUILD_PAUSE);
+                    if let Some(fib) = fib {
+                        (self.publish)(fib);
+                    }
+                    build_at = Instant::now() + pause;
                     keep_at = now;
                 }
             }
@@ -449,14 +458,14 @@ impl<P: Privileged, F: FnMut(Fib)> Follower<P, F> {
         Ok(())
     }
 
-    /// Builds the table, and publishes it if it differs from the one in force.
-    fn build(&mut self) {
+    /// Builds the table. None if it does not differ from the one in force.
+    fn build(&mut self) -> Option<Fib> {
         self.stale.table = false;
         self.stale.shown = false;
         self.shared.snapshot.store(Arc::new(self.state.clone()));
         let forwarding = fib::build(&self.state, &self.wanted, &self.ports);
         if self.epoch != 0 && forwarding == self.forwarding {
-            return;
+            return None;
         }
         for net in
             forwarding.unreachable_pods.iter().filter(|net| !self.forwarding.unreachable_pods.contains(net))
@@ -468,7 +477,7 @@ impl<P: Privileged, F: FnMut(Fib)> Follower<P, F> {
         self.routes = fib.routes.clone();
         self.forwarding = forwarding;
         self.shared.published.fetch_add(1, Ordering::Relaxed);
-        (self.publish)(fib);
+        Some(fib)
     }
 }
 
