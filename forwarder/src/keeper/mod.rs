@@ -79,11 +79,17 @@ pub fn run(file: &Path) -> anyhow::Result<()> {
         account,
         gateway,
     };
+    let interfaces = manifest.gateway.ports.iter().map(|port| port.interface.clone());
+    let mut follow_macs = follow_macs(ports.taps().map(str::to_owned).zip(interfaces).collect());
+    let mut watchdog = watchdog();
     let supervisor = supervise::Supervisor { manifest, heartbeats: &heartbeats, stop };
     supervisor.run(
         |request| act(&mut ports, &mut neighbors, request),
         || notify(sd_notify::NotifyState::Ready),
-        watchdog(),
+        || {
+            watchdog();
+            follow_macs();
+        },
     )?;
 
     info!("stopping: flows stay in the region, objects in the state directory");
@@ -135,6 +141,24 @@ fn watchdog() -> impl FnMut() {
         if interval.is_some_and(|interval| last.elapsed() >= interval) {
             last = std::time::Instant::now();
             notify(sd_notify::NotifyState::Watchdog);
+        }
+    }
+}
+
+/// Gives each TAP the MAC address that its interface has now, once a second. `taps`: TAP and interface of each port.
+fn follow_macs(taps: Vec<(String, String)>) -> impl FnMut() {
+    const EVERY: std::time::Duration = std::time::Duration::from_secs(1);
+    let mut last = std::time::Instant::now();
+    move || {
+        if last.elapsed() < EVERY {
+            return;
+        }
+        last = std::time::Instant::now();
+        for (tap, interface) in &taps {
+            // One that is gone is reported by the data plane, which follows the links.
+            if let Ok(true) = tap::follow(tap, interface) {
+                info!(tap, interface, "the MAC address of the port changed");
+            }
         }
     }
 }

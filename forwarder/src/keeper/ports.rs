@@ -111,6 +111,11 @@ impl Ports {
         &mut self.steering
     }
 
+    /// Name of the TAP of each port, by port index.
+    pub fn taps(&self) -> impl Iterator<Item = &str> {
+        self.ports.iter().map(|port| port.tap.name())
+    }
+
     /// What the data plane is told of the ports.
     pub fn manifest(&self) -> Vec<ManifestPort> {
         let entry = |port: &Port| ManifestPort {
