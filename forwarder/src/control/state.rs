@@ -218,6 +218,17 @@ impl State {
         operations: Vec<Operation>,
         prune: bool,
     ) -> Result<Staged<'_>, Refusal> {
+        self.stage_with(rules, operations, prune, false)
+    }
+
+    /// As [`State::stage`]; `leniently`: addresses that may not be served are a warning.
+    fn stage_with(
+        &mut self,
+        rules: &Rules<'_>,
+        operations: Vec<Operation>,
+        prune: bool,
+        leniently: bool,
+    ) -> Result<Staged<'_>, Refusal> {
         let mut staged =
             Staged { state: self, undo: Vec::new(), accepted: Accepted::default(), is_committed: false };
         let mut faults = Vec::new();
@@ -248,9 +259,15 @@ impl State {
                         _ => fault,
                     }
                 };
-                let (wrong, odd) = validate::judge(staged.state, rules, entry);
-                faults.extend(wrong.into_iter().map(at));
-                warnings.extend(odd.into_iter().map(at));
+                let found = validate::judge(staged.state, rules, entry);
+                let barred = found.barred.into_iter().map(at);
+                if leniently {
+                    warnings.extend(barred);
+                } else {
+                    faults.extend(barred);
+                }
+                faults.extend(found.faults.into_iter().map(at));
+                warnings.extend(found.warnings.into_iter().map(at));
             }
             staged.accepted.touched.push(touch);
         }
@@ -264,7 +281,7 @@ impl State {
     }
 
     /// Takes what can be taken, each object by itself: for `explain`, and for objects kept by an earlier version. Objects at
-    /// fault are left out; their faults and all warnings are returned.
+    /// fault are left out, and addresses that may not be served are not; what was found is returned.
     pub fn load(rules: &Rules<'_>, manifests: impl IntoIterator<Item = Manifest>) -> (State, Vec<Fault>) {
         let mut state = State::default();
         let mut notes = Vec::new();
@@ -272,7 +289,7 @@ impl State {
         // Services before their slices, so that no slice is said to wait for a Service that comes later.
         manifests.sort_by_key(|manifest| manifest.object.kind());
         for Manifest { object, source } in manifests {
-            match state.stage(rules, vec![Operation::Apply { object, source }], false) {
+            match state.stage_with(rules, vec![Operation::Apply { object, source }], false, true) {
                 Ok(staged) => notes.extend(staged.commit().warnings),
                 Err(refusal) => notes.extend(refusal.faults.into_iter().chain(refusal.warnings)),
             }

@@ -33,9 +33,21 @@ impl Rules<'_> {
     }
 }
 
-/// Judges one object of a change. Returns faults and warnings, without the object's name.
-pub fn judge(state: &State, rules: &Rules<'_>, entry: &Entry) -> (Vec<Fault>, Vec<Fault>) {
-    let mut judge = Judge { state, rules, me: &entry.reference, faults: Vec::new(), warnings: Vec::new() };
+/// What is wrong with an object of a change; the faults do not name the object yet.
+#[derive(Debug, Default)]
+pub struct Judgement {
+    /// The object must not be accepted.
+    pub faults: Vec<Fault>,
+    /// Addresses of a Service that may not be served here. They would do no harm, since they are never served, but
+    /// whoever applies them must be told.
+    pub barred: Vec<Fault>,
+    /// Accepted, but worth a look.
+    pub warnings: Vec<Fault>,
+}
+
+/// Judges one object of a change.
+pub fn judge(state: &State, rules: &Rules<'_>, entry: &Entry) -> Judgement {
+    let mut judge = Judge { state, rules, me: &entry.reference, found: Judgement::default() };
     match &entry.facts {
         Facts::Namespace => {}
         Facts::Node(node) => judge.node(node),
@@ -43,7 +55,7 @@ pub fn judge(state: &State, rules: &Rules<'_>, entry: &Entry) -> (Vec<Fault>, Ve
         Facts::Service(service) => judge.service(service),
         Facts::Slice(slice) => judge.slice(slice),
     }
-    (judge.faults, judge.warnings)
+    judge.found
 }
 
 /// Why an address of a Service may not be served on this gateway; `None` if it may. (CVE-2020-8554: whoever may write a
@@ -110,13 +122,12 @@ struct Judge<'a> {
     state: &'a State,
     rules: &'a Rules<'a>,
     me: &'a ObjectRef,
-    faults: Vec<Fault>,
-    warnings: Vec<Fault>,
+    found: Judgement,
 }
 
 impl Judge<'_> {
     fn conflict(&mut self, field: &str, value: impl std::fmt::Display, message: String, remedy: &str) {
-        self.faults.push(Fault::new(Code::Conflict, message).field(field).value(value).remedy(remedy));
+        self.found.faults.push(Fault::new(Code::Conflict, message).field(field).value(value).remedy(remedy));
     }
 
     fn service(&mut self, service: &ServiceFacts) {
@@ -124,7 +135,7 @@ impl Judge<'_> {
             Some(Skip::NoClusterIp) => {
                 let fault = Fault::new(Code::Ignored, "empty: the Service is kept but not served");
                 let remedy = "apply the Service as `kubectl get -o yaml` prints it, or give it a clusterIP";
-                self.warnings.push(fault.field("spec.clusterIP").remedy(remedy));
+                self.found.warnings.push(fault.field("spec.clusterIP").remedy(remedy));
                 return;
             }
             Some(_) => return,
@@ -132,8 +143,8 @@ impl Judge<'_> {
         }
         for address in &service.addresses {
             match forbidden(self.state, self.rules, address) {
-                Some(fault) if fault.code == Code::Ignored => self.warnings.push(fault),
-                Some(fault) => self.faults.push(fault),
+                Some(fault) if fault.code == Code::Ignored => self.found.warnings.push(fault),
+                Some(fault) => self.found.barred.push(fault),
                 None => {}
             }
             let section = &self.rules.gateway.gateway;
@@ -146,7 +157,8 @@ impl Judge<'_> {
             {
                 let message = "lies outside service_cidrs of the gateway file; served, but its neighbors are not protected";
                 let fault = Fault::new(Code::Invalid, message).field(&address.field).value(address.addr);
-                self.warnings
+                self.found
+                    .warnings
                     .push(fault.remedy("add the cluster's Service range to [gateway] service_cidrs"));
             }
             if let Some(slice) = self.state.claims().of(Claim::EndpointAddress(address.addr)).next() {
@@ -196,7 +208,7 @@ impl Judge<'_> {
             let message = "no such Service yet: the slice is kept and waits for it";
             let field = "metadata.labels.kubernetes.io/service-name";
             let fault = Fault::new(Code::Ignored, message).field(field).value(service);
-            self.warnings.push(fault.remedy("apply the Service too"));
+            self.found.warnings.push(fault.remedy("apply the Service too"));
         }
         for (index, endpoint) in slice.endpoints.iter().enumerate() {
             let field = format!("endpoints[{index}].addresses[0]");
@@ -220,6 +232,15 @@ impl Judge<'_> {
             }
             if let Some((range, _)) = node.pod_cidrs[..index].iter().find(|(range, _)| overlap(range, net)) {
                 self.conflict(field, net, format!("overlaps {range} of the same Node"), "remove one of them");
+            }
+            if let Some((addr, service)) = self.state.claims().vips_within(*net).next() {
+                let message = format!("holds {addr}, an address of {service}");
+                self.conflict(
+                    field,
+                    net,
+                    message,
+                    "give the Service or the pods of the Node other addresses",
+                );
             }
             let section = &self.rules.gateway.gateway;
             for (name, ranges) in [

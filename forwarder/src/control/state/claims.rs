@@ -70,6 +70,16 @@ impl Claims {
         inside.chain(outside)
     }
 
+    /// Addresses of Services that lie in `net`, with their Services.
+    pub fn vips_within(&self, net: IpNet) -> impl Iterator<Item = (Addr, &Arc<ObjectRef>)> {
+        let first = (Claim::Vip(net.network().into()), FIRST.clone());
+        let last = Addr::from(net.broadcast());
+        self.0.range(first..).map_while(move |(claim, owner)| match claim {
+            Claim::Vip(addr) if *addr <= last => Some((*addr, owner)),
+            _ => None,
+        })
+    }
+
     /// True if `ip` lies in a podCIDR of a Node.
     pub fn in_pod_cidr(&self, ip: IpAddr) -> bool {
         self.pod_cidrs_overlapping(IpNet::from(ip)).next().is_some()

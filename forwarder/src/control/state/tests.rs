@@ -171,6 +171,30 @@ fn loading_takes_what_can_be_taken() {
 }
 
 #[test]
+fn loading_keeps_a_service_whose_address_is_a_nodes() {
+    // As the load balancer of k3s gives them: to be told, but `explain` has to work on such clusters.
+    let gateway = gateway("[gateway]\nname='gw'");
+    let rules = Rules { gateway: &gateway, own: &[] };
+    let yaml = "
+kind: Service
+metadata: {name: web}
+spec: {type: LoadBalancer, clusterIP: 10.96.0.1, ports: [{port: 80}]}
+status: {loadBalancer: {ingress: [{ip: 192.168.0.1}]}}
+---
+kind: Node
+metadata: {name: n1}
+status: {addresses: [{type: InternalIP, address: 192.168.0.1}]}
+";
+    let manifests = objects(yaml).into_iter().map(|object| Manifest { object, source: Source::default() });
+    let (state, notes) = State::load(&rules, manifests);
+    assert_eq!((state.len(), notes.len()), (2, 1));
+    let compiler = crate::control::compile::compile(&state, &gateway, &[]);
+    assert_eq!(compiler.tables().frontends.len(), 1);
+    let described = compiler.describe_service(&state, "default", "web").unwrap();
+    assert!(described.warnings[0].message.contains("is an address of Node n1"), "{}", described.warnings[0]);
+}
+
+#[test]
 fn many_faults_are_cut_and_counted() {
     let mut cluster = Cluster::new("[gateway]\nname='gw'", "");
     let gateway = cluster.gateway.clone();

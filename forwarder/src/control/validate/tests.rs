@@ -172,6 +172,13 @@ fn overlapping_pod_cidrs() {
     }
     refuses("", &node("a", "10.10.0.0/16, 10.10.1.0/24"), "spec.podCIDRs[1]", "of the same Node");
     refuses("", &node("a", "10.96.1.0/24"), "spec.podCIDRs[0]", "service_cidrs");
+    let far = service("web", "clusterIP: 10.97.3.3, ports: [{port: 80}]");
+    refuses(
+        &far,
+        &node("a", "10.97.0.0/16"),
+        "spec.podCIDRs[0]",
+        "holds 10.97.3.3, an address of Service default/web",
+    );
     refuses("", &node("a", "203.0.112.0/20"), "spec.podCIDRs[0]", "load_balancer_cidrs");
     Cluster::new(HEAD, &node("a", "10.10.0.0/24, 'fd00:1::/64'"))
         .apply(&node("b", "10.10.1.0/24, 'fd00:2::/64'"));
