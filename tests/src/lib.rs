@@ -4,12 +4,15 @@
 //! [`case`], [`decode`] and [`oracle`] are the golden packets: inputs, what Linux made of them, and how to read a difference.
 
 pub mod case;
+pub mod cluster;
 pub mod decode;
 pub mod frames;
 pub mod gateway;
 pub mod ledger;
+pub mod length;
 pub mod namespace;
 pub mod oracle;
+pub mod probe;
 pub mod process;
 pub mod pure;
 pub mod twin;

@@ -27,15 +27,26 @@ impl Wire {
         rustix::io::write(&self.socket, frame).map(drop).context("frame not sent")
     }
 
+    /// Lets `bytes` wait in the kernel until they are received.
+    pub fn enlarge(&self, bytes: usize) -> Result<()> {
+        rustix::net::sockopt::set_socket_recv_buffer_size_force(&self.socket, bytes).context("SO_RCVBUFFORCE")
+    }
+
     /// The next frame, or none within `patience`. Link-layer chatter of kernels (ARP, neighbor discovery, multicast
     /// listener reports) is passed over.
     pub fn receive(&self, patience: Duration) -> Result<Option<Vec<u8>>> {
-        let deadline = Instant::now() + patience;
         let mut buffer = vec![0; 65_536];
+        let length = self.receive_into(&mut buffer, patience)?;
+        Ok(length.map(|length| buffer[..length].to_vec()))
+    }
+
+    /// The same into a buffer that is there already; returns the frame's length.
+    pub fn receive_into(&self, buffer: &mut [u8], patience: Duration) -> Result<Option<usize>> {
+        let deadline = Instant::now() + patience;
         loop {
-            match rustix::io::read(&self.socket, &mut buffer[..]) {
+            match rustix::io::read(&self.socket, &mut *buffer) {
                 Ok(length) if is_chatter(&buffer[..length]) => continue,
-                Ok(length) => return Ok(Some(buffer[..length].to_vec())),
+                Ok(length) => return Ok(Some(length)),
                 Err(rustix::io::Errno::AGAIN) => {}
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(error) => return Err(error).context("frame not received"),
