@@ -72,7 +72,15 @@ impl Child {
         let child = manifest.while_inherited(&written, || command.spawn())?;
         let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
         info!(pid = child.id(), "data plane started");
-        Ok(Child { child, pidfd, requests: Requests::new(ours), started, started_ns, ready: None, silent: false })
+        Ok(Child {
+            child,
+            pidfd,
+            requests: Requests::new(ours),
+            started,
+            started_ns,
+            ready: None,
+            silent: false,
+        })
     }
 
     fn kill(&self) {
