@@ -9,11 +9,15 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use config::fault::{Code, Fault};
 use rustix::fs::Gid;
 
 use super::account::Account;
+
+/// How long a daemon may take to go after its keeper was killed.
+const LAST_BREATH: Duration = Duration::from_millis(700);
 
 /// The listening control socket. Dropping it removes its file.
 #[derive(Debug)]
@@ -48,7 +52,7 @@ impl ControlSocket {
                 );
             }
             Ok(_) => {
-                if UnixStream::connect(path).is_ok() {
+                if somebody_listens(path) {
                     return fault(
                         "another daemon listens there".into(),
                         "stop it first, or name another path",
@@ -73,6 +77,18 @@ impl Drop for ControlSocket {
         // Nothing can be done about a failure, and the next start replaces a stale file.
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// True if somebody listens, and still does after a moment: a data plane whose keeper was killed is on its way out.
+fn somebody_listens(path: &Path) -> bool {
+    let end = Instant::now() + LAST_BREATH;
+    while UnixStream::connect(path).is_ok() {
+        if Instant::now() > end {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    false
 }
 
 fn bind_privately(path: &Path, group: Option<Gid>) -> io::Result<UnixListener> {

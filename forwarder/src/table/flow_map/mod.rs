@@ -9,7 +9,7 @@
 //!   Of two inserts of one tuple at most one becomes live: each looks for the other after it has set its slot, so at least one of
 //!   them sees the other, and it either gives way to a live flow or strikes out the pending one.
 //! - **Removal** takes the state word from live to dead by compare-and-swap, then clears the slots; the record is used again only
-//!   after every worker that is online has passed a quiescent state ([`reclaim`]).
+//!   after every worker that is online has passed a quiescent state (`reclaim`).
 //! - **Restart.** The state word is the only truth. [`FlowMap::open`] keeps every live record and clears each slot that leads
 //!   elsewhere, so a process may be killed at any instruction.
 //! - **Floods.** Flows in an embryonic phase may use a share of the map only, counted exactly, so that half-open connections
