@@ -86,7 +86,7 @@ impl<T: Copy> Lpm<T> {
 
     /// The value of the longest prefix that contains `addr`.
     ///
-    /// IPv4: two to five dependent loads, about 3 ns in cache; IPv6: two loads for each node, about 5 ns for a few prefixes.
+    /// IPv4: two to five dependent loads; IPv6: two loads for each node.
     #[inline]
     pub fn lookup(&self, addr: Addr) -> Option<T> {
         self.find(addr).map(|index| self.values[index])

@@ -56,7 +56,7 @@ impl FlowMap {
     /// Publishes a flow.
     ///
     /// If a flow with this original tuple is there or is published meanwhile, that one is returned. Lock-free: another thread that
-    /// stops in the middle of an insert delays nobody. Cost: about 100 ns, two to four cache misses.
+    /// stops in the middle of an insert delays nobody. Cost: two to four cache misses.
     pub fn insert(
         &self,
         worker: &mut FlowWorker,

@@ -281,7 +281,7 @@ impl FlowMap {
     ///
     /// A region of another capacity is made anew and its flows move there. If the region is of another layout version or its header
     /// is damaged, it is started without flows and [`Recovery::empty`] says why. The caller sees to it that only one process
-    /// has the region open. Cost: a pass over state words and slots, about 10 ms a million records.
+    /// has the region open. Cost: a pass over state words and slots.
     pub fn open(file: &std::fs::File, config: FlowMapConfig) -> Result<(FlowMap, Recovery), FlowMapError> {
         let sizes = check(&config)?;
         let found = match Header::read(file) {
@@ -336,7 +336,7 @@ impl FlowMap {
         FlowWorker { index, workers: Arc::clone(&self.workers), keeping }
     }
 
-    /// The keyed hash of a tuple: about 2 ns for IPv4. It means nothing outside this map.
+    /// The keyed hash of a tuple. It means nothing outside this map.
     #[inline]
     pub fn hash(&self, tuple: &Tuple) -> u64 {
         self.key.hash(&Packed::new(tuple))
@@ -369,7 +369,7 @@ impl FlowMap {
         }
     }
 
-    /// The flow that `tuple` belongs to, in either direction. `hash`: from [`Self::hash`]. Lock-free; about 24 ns with everything in cache.
+    /// The flow that `tuple` belongs to, in either direction. `hash`: from [`Self::hash`]. Lock-free.
     ///
     /// The flow may be held until the worker's next quiescent state.
     #[inline]
