@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use af_xdp::{FramePool, Umem};
 use anyhow::{Context as _, Result, bail};
+use config::fault::Code;
 use config::gateway::Gateway;
 use forwarder::addr::Addr;
 use forwarder::control::compile::compile;
@@ -64,7 +65,7 @@ impl Pure {
         Pure::new(gateway, &text)
     }
 
-    /// A gateway with the links of the twin, and with `objects`, which must all be accepted.
+    /// A gateway with the links of the twin and `[flows] capacity` of the file, and with `objects`, which must all be accepted.
     pub fn new(gateway: Gateway, objects: &str) -> Result<Pure> {
         let manifests = config::object::parse(objects, "objects.yaml");
         if !manifests.faults.is_empty() {
@@ -76,13 +77,18 @@ impl Pure {
             .collect::<Result<_>>()?;
         let gateway = Arc::new(gateway);
         let rules = forwarder::control::compile::Compiler::new(gateway.clone());
-        let (state, notes) = State::load(&rules.rules(), manifests.manifests);
+        let (state, mut notes) = State::load(&rules.rules(), manifests.manifests);
+        // A field that has no meaning is no reason against an object.
+        notes.retain(|note| note.code != Code::Ignored);
         if !notes.is_empty() {
             bail!("objects are not taken as they are: {notes:?}");
         }
         let tables = compile(&state, &gateway, &own).tables().clone();
-        let config =
-            FlowMapConfig { capacity: 4096, timeouts_s: timeouts_s(&gateway.flows), ..Default::default() };
+        let config = FlowMapConfig {
+            capacity: gateway.flows.capacity,
+            timeouts_s: timeouts_s(&gateway.flows),
+            ..Default::default()
+        };
         let (flows, affinity) = (FlowMap::anonymous(config), FlowMap::anonymous(config));
         let (flow_worker, affinity_worker) = (flows.worker(0), affinity.worker(0));
         let pool = Umem::anonymous(8, 4096).take_frames().context("frames of a new UMEM")?;
