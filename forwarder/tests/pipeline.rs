@@ -112,6 +112,7 @@ fn a_client_port_inside_the_range_is_kept() {
     assert_eq!(rig::ports(&out).0, 61234);
 }
 
+/// Rule 5.6.
 #[test]
 fn a_pod_that_reaches_itself_is_masqueraded() {
     let mut gateway = Gateway::new();
@@ -134,6 +135,7 @@ fn two_vips_with_one_endpoint_and_one_client_port_stay_apart() {
     assert_eq!((rig::source(&back), rig::ports(&back)), (VIP, (53, 7000)));
 }
 
+/// Rules 4.4, 4.7.
 #[test]
 fn rejects_speak_the_protocol_of_the_client() {
     let mut gateway = Gateway::new();
@@ -156,6 +158,7 @@ fn rejects_speak_the_protocol_of_the_client() {
     assert_eq!(silent.0, Verdict::Drop(Reason::UnknownPort), "a RST is never answered");
 }
 
+/// Rule 14.6.
 #[test]
 fn a_ping_of_an_owned_address_is_answered() {
     let mut gateway = Gateway::new();
@@ -164,6 +167,7 @@ fn a_ping_of_an_owned_address_is_answered() {
     assert!(checksums_right(&reply));
 }
 
+/// Rules 4.6, 14.4.
 #[test]
 fn a_cluster_ip_is_for_the_inside() {
     let mut gateway = Gateway::new();

@@ -75,6 +75,7 @@ fn downloads_go_on_over_kills_of_the_data_plane() {
     cluster.finish(&["no_flow"]).unwrap();
 }
 
+/// Rule 1.2.
 #[test]
 fn after_the_death_of_all_the_next_start_has_objects_and_flows() {
     let mut cluster = Cluster::new("all", 3).unwrap();

@@ -54,6 +54,9 @@ pub struct Pure {
     rng: Rng,
     counters: Counters,
     pool: FramePool,
+    gateway: Arc<Gateway>,
+    /// Seconds of the clock that the pipeline is given.
+    pub now_s: u32,
 }
 
 impl Pure {
@@ -67,23 +70,8 @@ impl Pure {
 
     /// A gateway with the links of the twin and `[flows] capacity` of the file, and with `objects`, which must all be accepted.
     pub fn new(gateway: Gateway, objects: &str) -> Result<Pure> {
-        let manifests = config::object::parse(objects, "objects.yaml");
-        if !manifests.faults.is_empty() {
-            bail!("{:?}", manifests.faults);
-        }
-        let own: Vec<Addr> = ADDRESSES
-            .iter()
-            .map(|(_, address)| net(address).map(|net| net.addr().into()))
-            .collect::<Result<_>>()?;
         let gateway = Arc::new(gateway);
-        let rules = forwarder::control::compile::Compiler::new(gateway.clone());
-        let (state, mut notes) = State::load(&rules.rules(), manifests.manifests);
-        // A field that has no meaning is no reason against an object.
-        notes.retain(|note| note.code != Code::Ignored);
-        if !notes.is_empty() {
-            bail!("objects are not taken as they are: {notes:?}");
-        }
-        let tables = compile(&state, &gateway, &own).tables().clone();
+        let tables = compiled(&gateway, objects)?;
         let config = FlowMapConfig {
             capacity: gateway.flows.capacity,
             timeouts_s: timeouts_s(&gateway.flows),
@@ -94,7 +82,37 @@ impl Pure {
         let pool = Umem::anonymous(8, 4096).take_frames().context("frames of a new UMEM")?;
         let rng = Rng::new(1);
         let counters = Counters::default();
-        Ok(Pure { tables, fib: fib()?, flows, flow_worker, affinity, affinity_worker, rng, counters, pool })
+        Ok(Pure {
+            tables,
+            fib: fib()?,
+            flows,
+            flow_worker,
+            affinity,
+            affinity_worker,
+            rng,
+            counters,
+            pool,
+            gateway,
+            now_s: 100,
+        })
+    }
+
+    /// Puts the tables of other objects in force; connections and what session affinity remembers stay.
+    pub fn apply(&mut self, objects: &str) -> Result<()> {
+        self.tables = compiled(&self.gateway, objects)?;
+        Ok(())
+    }
+
+    /// Lets what is over its idle time go, as workers do little by little.
+    pub fn age(&mut self) {
+        let capacity = self.flows.capacity();
+        self.flows.age(&mut self.flow_worker, self.now_s, capacity);
+        self.flows.quiescent(&mut self.flow_worker);
+    }
+
+    /// Connections that there are.
+    pub fn flows(&self) -> usize {
+        self.flows.len()
     }
 
     /// One frame through the pipeline, as a worker does it, the frame rewritten.
@@ -113,7 +131,7 @@ impl Pure {
             flow_worker: &mut self.flow_worker,
             affinity: &self.affinity,
             affinity_worker: &mut self.affinity_worker,
-            now_s: 100,
+            now_s: self.now_s,
             rng: &mut self.rng,
             answers: &mut answers,
             counters: &self.counters,
@@ -143,6 +161,26 @@ impl Pure {
     pub fn play(&mut self, case: &Case) -> Vec<Outcome> {
         case.steps.iter().map(|step| self.feed(step.side, &step.frame)).collect()
     }
+}
+
+/// The tables of `objects`, which must all be accepted, on a gateway with the addresses of the twin.
+fn compiled(gateway: &Arc<Gateway>, objects: &str) -> Result<Tables> {
+    let manifests = config::object::parse(objects, "objects.yaml");
+    if !manifests.faults.is_empty() {
+        bail!("{:?}", manifests.faults);
+    }
+    let own: Vec<Addr> = ADDRESSES
+        .iter()
+        .map(|(_, address)| net(address).map(|net| net.addr().into()))
+        .collect::<Result<_>>()?;
+    let rules = forwarder::control::compile::Compiler::new(gateway.clone());
+    let (state, mut notes) = State::load(&rules.rules(), manifests.manifests);
+    // A field that has no meaning is no reason against an object.
+    notes.retain(|note| note.code != Code::Ignored);
+    if !notes.is_empty() {
+        bail!("objects are not taken as they are: {notes:?}");
+    }
+    Ok(compile(&state, gateway, &own).tables().clone())
 }
 
 /// The forwarding table that the kernel mirror would make of the twin.

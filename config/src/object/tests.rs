@@ -16,6 +16,7 @@ fn only(text: &str) -> Manifests {
     parse(text, "f.yaml")
 }
 
+/// Rule 1.1.
 #[test]
 fn reads_documents_lists_and_typed_lists() {
     let list = format!("apiVersion: v1\nkind: List\nitems:\n- {}", SERVICE.trim_end().replace('\n', "\n  "));
@@ -47,6 +48,7 @@ fn managed_fields_are_dropped() {
     assert_eq!(found.manifests[0].object.metadata().managed_fields, None);
 }
 
+/// Rule 1.1.
 #[test]
 fn other_kinds_are_skipped_with_a_notice() {
     let found =

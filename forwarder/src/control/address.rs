@@ -74,6 +74,7 @@ pub fn host_net(ip: IpAddr) -> IpNet {
 mod tests {
     use super::*;
 
+    /// Rule 11.4.
     #[test]
     fn addresses_are_read_as_kube_proxy_reads_them() {
         for (text, expected) in [

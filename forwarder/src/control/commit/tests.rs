@@ -496,6 +496,7 @@ fn changes_that_come_together_share_a_generation_and_compare_and_set_sees_it() {
     assert_eq!(rig.publisher.tables().generation, start + won as u64, "each winner has its generation");
 }
 
+/// Rules 9.2, 9.4.
 #[test]
 fn udp_flows_to_an_endpoint_that_is_gone_are_forgotten_and_others_stay() {
     let dir = tempfile::tempdir().unwrap();

@@ -104,6 +104,7 @@ mod tests {
             .collect()
     }
 
+    /// Rules 2.2, 2.5.
     #[test]
     fn slices_are_merged_sorted_and_deduplicated() {
         let a = facts(
@@ -117,6 +118,7 @@ mod tests {
         assert_eq!(shown(&[b, a], "http", TCP, true), expected);
     }
 
+    /// Rule 2.3.
     #[test]
     fn a_port_is_found_by_name_and_protocol_and_may_differ_per_slice() {
         let a = facts(
@@ -132,6 +134,7 @@ mod tests {
         assert_eq!(shown(&slices, "", TCP, true), [""; 0]);
     }
 
+    /// Rules 2.2, 2.3.
     #[test]
     fn the_other_family_and_absent_ports_are_left_out() {
         let v6 = facts("addressType: IPv6\nports: [{port: 80}]\nendpoints: [{addresses: ['fd00::1']}]");
@@ -140,6 +143,7 @@ mod tests {
         assert_eq!(shown(&[v6, none], "", TCP, false), ["fd00::1:80"]);
     }
 
+    /// Rule 2.1.
     #[test]
     fn absent_conditions_mean_ready_serving_and_not_terminating() {
         let facts = facts(

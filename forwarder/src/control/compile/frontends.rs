@@ -206,6 +206,7 @@ mod tests {
     const SNAT: (ReturnPath, LocalPolicy) = (ReturnPath::Snat, LocalPolicy::Frontend);
     const LITERAL: (ReturnPath, LocalPolicy) = (ReturnPath::Snat, LocalPolicy::Literal);
 
+    /// Rules 3.4, 4.1, 4.2.
     #[test]
     fn none_anywhere_is_a_reject_for_everyone() {
         for kind in KINDS {
@@ -222,6 +223,7 @@ mod tests {
 
     /// (kind, origin, internal Local, external Local, gateway, expected), where lists are written as cluster 0 to 3,
     /// local 1, every node 2 and 3: `[cluster] masq`.
+    /// Rules 4.3, 5.1, 5.2, 5.3, 5.4, 5.5, 14.2, 14.3.
     #[test]
     fn verdicts_lists_and_masquerading() {
         use FrontendKind::{ClusterIp, ExternalIp, LoadBalancer, NodePort};
@@ -266,6 +268,7 @@ mod tests {
         }
     }
 
+    /// Rules 4.1, 4.2.
     #[test]
     fn an_empty_local_list_drops_outsiders_only() {
         let far = lists(&[0], &[], &[]);
@@ -284,6 +287,7 @@ mod tests {
         }
     }
 
+    /// Rule 5.7.
     #[test]
     fn masquerade_all_is_for_cluster_ips() {
         let all = lists(&[0], &[], &[0]);

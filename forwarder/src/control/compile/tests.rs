@@ -92,6 +92,7 @@ fn dump(tables: &Tables) -> BTreeMap<String, String> {
     all
 }
 
+/// Rules 4.3, 11.1, 14.1.
 #[test]
 fn a_load_balancer_of_two_families() {
     let cluster = Cluster::new(HEAD, WEB);
@@ -161,6 +162,7 @@ fn endpoints_are_named_for_traces() {
     assert_eq!(names, [("shop/web-a", "n1"), ("10.244.2.1", "n2")]);
 }
 
+/// Rules 6.2, 6.3, 6.4.
 #[test]
 fn source_ranges_are_for_load_balancer_addresses_of_their_family() {
     let cluster = Cluster::new(HEAD, WEB);
@@ -185,6 +187,7 @@ fn source_ranges_are_for_load_balancer_addresses_of_their_family() {
     );
 }
 
+/// Rule 7.1.
 #[test]
 fn node_ports_are_on_chosen_addresses() {
     let web = WEB.replace("kind: Node\nmetadata: {name: gw}", "kind: Node\nmetadata: {name: other}");
@@ -202,6 +205,7 @@ fn node_ports_are_on_chosen_addresses() {
     assert_eq!(on(&head, WEB, &["192.0.2.1", "10.0.0.1"]), ["192.0.2.1"]);
 }
 
+/// Rule 11.1.
 #[test]
 fn a_family_without_cluster_ip_is_not_served() {
     let compiler =
@@ -211,6 +215,7 @@ fn a_family_without_cluster_ip_is_not_served() {
     assert!(compiler.tables().frontends.get(&key("203.0.113.10", 80, protocol::TCP)).is_some());
 }
 
+/// Rule 14.3.
 #[test]
 fn without_a_return_path_local_frontends_are_off() {
     let compiler = Cluster::new(&HEAD.replace("routed", "snat"), WEB).compiler(&[]);
@@ -219,6 +224,7 @@ fn without_a_return_path_local_frontends_are_off() {
     assert_eq!(show(&got.from_node), "cluster 10.244.1.1:8080,10.244.2.1:8080 masquerade");
 }
 
+/// Rule 6.7.
 #[test]
 fn external_ips_need_a_range() {
     let yaml = WEB.replace("  externalTrafficPolicy: Local", "  externalIPs: [192.0.2.1]");
@@ -231,6 +237,7 @@ fn external_ips_need_a_range() {
     assert!(got.source_ranges.is_empty());
 }
 
+/// Rules 3.6, 14.7.
 #[test]
 fn the_zone_is_the_gateways() {
     let hint = |zone: &str| format!("zone: {zone}, hints: {{forZones: [{{name: {zone}}}]}}");
@@ -295,6 +302,7 @@ fn what_a_change_touches_is_told() {
     );
 }
 
+/// Rules 9.2, 9.3, 9.4.
 #[test]
 fn udp_flows_to_endpoints_that_do_not_serve_are_forgotten() {
     let mut cluster = Cluster::new(HEAD, WEB);

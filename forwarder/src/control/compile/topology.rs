@@ -185,6 +185,7 @@ mod tests {
 
     use List::{Cluster, ClusterTerminating, Local, LocalTerminating};
 
+    /// Rules 3.1, 3.2, 3.4, 3.5.
     #[test]
     fn readiness_and_termination() {
         check(&[], (Cluster, &[]), (Local, &[]), (Local, &[]), false);
@@ -203,12 +204,14 @@ mod tests {
         check(&["dying@here"], (Cluster, &[]), (Local, &[]), (Local, &[]), false);
     }
 
+    /// Rule 3.3.
     #[test]
     fn the_fallbacks_are_independent() {
         check(&["ready@n1", "draining@here"], (Cluster, &[0]), (LocalTerminating, &[1]), (Local, &[0]), true);
         check(&["draining@n1", "ready@here"], (Cluster, &[1]), (Local, &[1]), (Local, &[1]), true);
     }
 
+    /// Rules 6.8, 14.1.
     #[test]
     fn every_node_means_endpoints_with_a_node_that_is_not_excluded() {
         check(
@@ -227,6 +230,7 @@ mod tests {
         );
     }
 
+    /// Rule 3.6.
     #[test]
     fn zone_hints_are_all_or_nothing() {
         let all: &[usize] = &[0, 1];
@@ -247,6 +251,7 @@ mod tests {
         check(&["ready@here zone=z2", "ready@b zone=z1"], (Cluster, &[1]), (Local, &[0]), (Local, all), true);
     }
 
+    /// Rules 3.7, 14.7.
     #[test]
     fn node_hints_come_first_and_fall_to_the_zone() {
         let all: &[usize] = &[0, 1];
@@ -267,6 +272,7 @@ mod tests {
         check(&["ready@a node=here", "ready@b"], (Cluster, all), (Local, &[]), (Local, all), true);
     }
 
+    /// Rule 3.8.
     #[test]
     fn an_unknown_zone_or_node_switches_the_hints_off() {
         let endpoints = endpoints(&["ready@a zone=z1 node=x", "ready@b zone=z2 node=y"]);

@@ -192,6 +192,7 @@ fn bad_nodes_and_pods() {
     );
 }
 
+/// Rules 1.3, 1.4.
 #[test]
 fn what_is_not_served_is_said() {
     for (spec, labels, expected) in [
@@ -213,6 +214,7 @@ fn what_is_not_served_is_said() {
     }
 }
 
+/// Rules 6.1, 11.4.
 #[test]
 fn addresses_come_from_three_fields() {
     let facts = service(
@@ -249,6 +251,7 @@ status: {loadBalancer: {ingress: [{ip: 203.0.113.1}]}}
     assert_eq!((facts.addresses.len(), facts.ports[0].node_port), (1, None));
 }
 
+/// Rules 3.10, 8.1.
 #[test]
 fn policies_and_affinity() {
     let facts = service("spec: {clusterIP: 10.0.0.1, ports: [{port: 80}]}");
@@ -271,6 +274,25 @@ fn policies_and_affinity() {
     assert_eq!(facts.affinity_timeout_s, Some(7));
 }
 
+/// Rule 3.9.
+#[test]
+fn traffic_distribution_has_two_names_for_the_zone() {
+    for (word, expected) in [
+        ("PreferClose", Distribution::PreferSameZone),
+        ("PreferSameZone", Distribution::PreferSameZone),
+        ("PreferSameNode", Distribution::PreferSameNode),
+    ] {
+        let spec =
+            format!("spec: {{clusterIP: 10.0.0.1, ports: [{{port: 80}}], trafficDistribution: {word}}}");
+        assert_eq!(service(&spec).distribution, expected, "{word}");
+    }
+    assert_eq!(
+        service("spec: {clusterIP: 10.0.0.1, ports: [{port: 80}]}").distribution,
+        Distribution::Everywhere
+    );
+}
+
+/// Rule 6.2.
 #[test]
 fn source_ranges_are_trimmed() {
     let facts = service(
@@ -280,6 +302,7 @@ fn source_ranges_are_trimmed() {
     assert_eq!(shown, ["198.51.100.0/24", "2001:db8::/32"]);
 }
 
+/// Rules 1.6, 1.7.
 #[test]
 fn a_slice_without_a_service_or_with_names_is_kept_with_a_warning() {
     let (_, faults, warnings) = read(

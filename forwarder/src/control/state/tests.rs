@@ -35,6 +35,7 @@ fn created_configured_unchanged_deleted() {
     assert_eq!(cluster.state.slices_of("default", "web").count(), 1);
 }
 
+/// Rule 1.6.
 #[test]
 fn a_slice_may_come_before_its_service_and_waits() {
     let (service, slice) = WEB.split_once("---\n").unwrap();

@@ -75,6 +75,7 @@ fn two_services_on_one_node_port() {
     refuses("", &high, "spec.ports[0].nodePort", "61000-65535");
 }
 
+/// Rule 14.5.
 #[test]
 fn addresses_that_a_service_may_not_have() {
     let lb = "status.loadBalancer.ingress[0].ip";
@@ -106,6 +107,7 @@ fn own_addresses_come_from_the_ports_too() {
     assert!(refusal.faults[0].message.contains("this gateway"), "{}", refusal.faults[0]);
 }
 
+/// Rules 6.7, 14.5.
 #[test]
 fn external_ips_are_served_only_where_the_gateway_file_says_so() {
     let spec = |ip: &str| format!("clusterIP: 10.96.0.1, externalIPs: [{ip}], ports: [{{port: 80}}]");
@@ -155,6 +157,7 @@ fn an_endpoint_that_is_a_service() {
     refuses(&slice("10.96.0.1"), &web, "spec.clusterIP", "endpoint in EndpointSlice default/s");
 }
 
+/// Rule 14.8.
 #[test]
 fn overlapping_pod_cidrs() {
     let node = |name: &str, cidrs: &str| {
@@ -184,6 +187,7 @@ fn overlapping_pod_cidrs() {
         .apply(&node("b", "10.10.1.0/24, 'fd00:2::/64'"));
 }
 
+/// Rule 14.8.
 #[test]
 fn two_pods_on_one_address() {
     let pod = |name: &str, rest: &str| format!("kind: Pod\nmetadata: {{name: {name}}}\n{rest}\n");
