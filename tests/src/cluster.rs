@@ -70,6 +70,11 @@ pub struct Cluster {
 impl Cluster {
     /// Builds everything, with `endpoints` pods ready. `name`: unique in the process.
     pub fn new(name: &str, endpoints: u8) -> Result<Cluster> {
+        Cluster::with(name, endpoints, 1, GATEWAY)
+    }
+
+    /// The same with `queues` queues on every link, and another gateway file.
+    pub fn with(name: &str, endpoints: u8, queues: u32, config: &str) -> Result<Cluster> {
         let client = Namespace::new(&format!("{name}-cli"))?;
         let gateway = Namespace::new(&format!("{name}-gw"))?;
         let node = Namespace::new(&format!("{name}-node"))?;
@@ -83,8 +88,8 @@ impl Cluster {
                 "net.ipv6.conf.all.forwarding=1",
             ])?;
         }
-        veth((&client, "c0", "02:00:00:00:02:02"), (&gateway, "g0", "02:00:00:00:02:01"), 1)?;
-        veth((&gateway, "g1", "02:00:00:00:03:01"), (&node, "n0", "02:00:00:00:03:11"), 1)?;
+        veth((&client, "c0", "02:00:00:00:02:02"), (&gateway, "g0", "02:00:00:00:02:01"), queues)?;
+        veth((&gateway, "g1", "02:00:00:00:03:01"), (&node, "n0", "02:00:00:00:03:11"), queues)?;
         for (namespace, interface, v4, v6) in [
             (&client, "c0", "198.51.100.2/24", "2001:db8:c::2/64"),
             (&gateway, "g0", "198.51.100.1/24", "2001:db8:c::1/64"),
@@ -108,7 +113,7 @@ impl Cluster {
         let mut servers = vec![nginx(&node, folder.path())?];
         let echo = ["-u", "-c", UDP_ECHO];
         servers.push(Process::start(&node, "/usr/bin/python3", &echo, &folder.path().join("echo.log"))?);
-        let daemon = Towpathd::start(&gateway, GATEWAY)?;
+        let daemon = Towpathd::start(&gateway, config)?;
         daemon.apply(&format!("{}{}", objects(), slices(1..=endpoints)))?;
         let mut cluster = Cluster { daemon: Some(daemon), servers, client, gateway, node, folder };
         cluster.wait_for_servers()?;

@@ -451,7 +451,7 @@ impl Committer {
         for event in self.watch.look(self.shared.publisher.workers(), monotonic_ns()) {
             match event {
                 Event::Stuck { worker, age_ms } => {
-                    tracing::error!(worker, "worker makes no progress for {age_ms} ms");
+                    tracing::warn!(worker, "worker makes no progress for {age_ms} ms");
                 }
                 Event::Recovered { worker, after_ms } => {
                     tracing::warn!(worker, "worker goes on after {after_ms} ms without progress");
