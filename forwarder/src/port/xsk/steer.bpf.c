@@ -5,7 +5,8 @@
 // It runs for every packet that a port receives, before the kernel has made anything of it, and it only ever
 // decides: no byte is changed here. What is ours goes to the AF_XDP socket of the queue that it came in by; all
 // else passes, so SSH, BGP, ARP, DHCP and the like never notice. The order of judgement is the order of
-// towpath_steer() below, and steer.rs holds the same order once more in Rust, against which this one is tested.
+// towpath_steer() below, and steer/reference.rs holds the same order once more in Rust, against which this one is
+// tested.
 //
 // Two rules are kept everywhere:
 // * A packet that needs translation is never passed on. If nobody can take it (no socket, no live worker), it
@@ -23,6 +24,7 @@
 #include <linux/ipv6.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
+#include <stddef.h>
 
 // Socket of (port, queue) is at port * QUEUES_PER_PORT + queue. steer.rs knows the same number.
 #define QUEUES_PER_PORT 64
@@ -32,10 +34,15 @@
 // ICMP types, RFC 792 and RFC 4443; <linux/icmp.h> drags in headers of the host's libc.
 #define ICMP_ECHOREPLY 0
 #define ICMP_DEST_UNREACH 3
+#define ICMP_SOURCE_QUENCH 4
+#define ICMP_REDIRECT 5
 #define ICMP_TIME_EXCEEDED 11
 #define ICMP_PARAMETERPROB 12
+// Before the packet that an error quotes, RFC 792 and RFC 4443 section 2.1.
+#define ICMP_HEADER_LEN 8
 #define ICMPV6_ERROR_FIRST 1
 #define ICMPV6_ERROR_LAST 4
+#define ICMPV6_INFORMATION 128 // every type below is an error, RFC 4443 section 2.1
 #define ICMPV6_ECHO_REPLY 129
 #define ICMPV6_DISCOVERY_FIRST 133
 #define ICMPV6_DISCOVERY_LAST 137
@@ -62,6 +69,7 @@ enum counter {
 	REDIRECT_LOCAL,   // to a worker: NodePort, host port, masquerade range of a local address
 	REDIRECT_ROUTED,  // to a worker: destination in one of our prefixes
 	REDIRECT_SOURCE,  // to a worker: source in one of our prefixes
+	REDIRECT_ERROR,   // to a worker: an ICMP error among strangers about a packet to an endpoint
 	DROP_WORKER_DEAD, // ours, but the worker of the queue has not been heard of for too long
 	DROP_NO_SOCKET,   // ours, but no worker serves the queue
 	COUNTERS,
@@ -213,6 +221,38 @@ static __always_inline int port_is_ours(const struct address *address, const str
 	return bpf_map_lookup_elem(&local_ports, &key) != NULL;
 }
 
+// What follow_extensions() came to.
+enum chain {
+	CHAIN_ENDS,     // at the header that the IP packet is about
+	CHAIN_FRAGMENT, // at a real fragment header, not an atomic one (RFC 6946)
+	CHAIN_CUT,      // the packet is too short
+};
+
+// Moves `offset` and `protocol` from the first IPv6 extension header to what comes behind them, RFC 8200 section 4.
+// Bounded: what hides behind more headers is the kernel's.
+static __always_inline enum chain follow_extensions(struct xdp_md *ctx, __u32 *offset, __u32 *protocol)
+{
+	__u8 head[8];
+
+	for (int i = 0; i < MAX_EXTENSIONS; i++) {
+		if (*protocol != IPPROTO_HOPOPTS && *protocol != IPPROTO_ROUTING &&
+		    *protocol != IPPROTO_DSTOPTS && *protocol != IPPROTO_FRAGMENT)
+			break;
+		if (bpf_xdp_load_bytes(ctx, *offset, head, sizeof(head)))
+			return CHAIN_CUT;
+		if (*protocol == IPPROTO_FRAGMENT) {
+			// Offset or more-fragments set.
+			if (head[2] || (head[3] & 0xf9))
+				return CHAIN_FRAGMENT;
+			*offset += 8;
+		} else {
+			*offset += 8 + 8 * (__u32)head[1];
+		}
+		*protocol = head[0];
+	}
+	return CHAIN_ENDS;
+}
+
 // True if a packet to a local address is ours. `offset`: of the header after the IP header; `protocol`: what that
 // header is. Slow path: everything is read through a helper, wherever in the frame it lies.
 static __always_inline int local_is_ours(struct xdp_md *ctx, const struct address *address,
@@ -222,22 +262,11 @@ static __always_inline int local_is_ours(struct xdp_md *ctx, const struct addres
 	int serves = entry->flags & ADDRESS_SERVES;
 	__u8 head[8];
 
-	// RFC 8200 section 4. Bounded: what hides behind more headers is the kernel's.
-	for (int i = 0; is_v6 && i < MAX_EXTENSIONS; i++) {
-		if (protocol != IPPROTO_HOPOPTS && protocol != IPPROTO_ROUTING &&
-		    protocol != IPPROTO_DSTOPTS && protocol != IPPROTO_FRAGMENT)
-			break;
-		if (bpf_xdp_load_bytes(ctx, offset, head, sizeof(head)))
-			return 0;
-		if (protocol == IPPROTO_FRAGMENT) {
-			// Offset or more-fragments set: a real fragment, not an atomic one (RFC 6946).
-			if (head[2] || (head[3] & 0xf9))
-				return serves;
-			offset += 8;
-		} else {
-			offset += 8 + 8 * (__u32)head[1];
-		}
-		protocol = head[0];
+	if (is_v6) {
+		enum chain chain = follow_extensions(ctx, &offset, &protocol);
+
+		if (chain != CHAIN_ENDS)
+			return chain == CHAIN_FRAGMENT && serves;
 	}
 
 	switch (protocol) {
@@ -279,12 +308,44 @@ static __always_inline __u32 prefix_flags(const struct address *address)
 	return flags ? *flags : 0;
 }
 
+// True for an ICMP error about a packet to an endpoint. It is to be translated like the packet was, whoever sent it:
+// a node or a router on the way is in none of our tables, and neither is the client that it goes to. (An error about
+// the other direction goes to the Service's address.) Only addresses are read here, which stand at fixed places in
+// the quoted header. `offset` and `protocol` as for local_is_ours().
+static __always_inline int is_about_endpoint(struct xdp_md *ctx, __u32 offset, __u32 protocol, __u32 is_v6)
+{
+	struct address destination = {};
+	__u8 type;
+
+	if (is_v6 && follow_extensions(ctx, &offset, &protocol) != CHAIN_ENDS)
+		return 0;
+	if (protocol != (is_v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP) ||
+	    bpf_xdp_load_bytes(ctx, offset, &type, sizeof(type)))
+		return 0;
+	offset += ICMP_HEADER_LEN;
+	if (is_v6) {
+		if (type >= ICMPV6_INFORMATION ||
+		    bpf_xdp_load_bytes(ctx, offset + offsetof(struct ipv6hdr, daddr), &destination,
+				       sizeof(destination)))
+			return 0;
+	} else {
+		if (type != ICMP_DEST_UNREACH && type != ICMP_SOURCE_QUENCH && type != ICMP_REDIRECT &&
+		    type != ICMP_TIME_EXCEEDED && type != ICMP_PARAMETERPROB)
+			return 0;
+		if (bpf_xdp_load_bytes(ctx, offset + offsetof(struct iphdr, daddr), &destination.word[3], 4))
+			return 0;
+		destination.word[2] = bpf_htonl(0xffff);
+	}
+	return (prefix_flags(&destination) & PREFIX_SOURCE) != 0;
+}
+
 SEC("xdp.frags")
 int towpath_steer(struct xdp_md *ctx)
 {
 	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end, *next;
 	struct address source = {}, destination = {};
 	__u32 offset, protocol, is_v6, fragment = 0, destination_flags, source_flags, plain = 0;
+	int about_endpoint;
 	struct address_entry *entry;
 	struct ethhdr *ethernet = data;
 	enum counter cause;
@@ -369,13 +430,17 @@ int towpath_steer(struct xdp_md *ctx)
 	} else {
 		destination_flags = prefix_flags(&destination) & (PREFIX_DESTINATION | PREFIX_SERVICE);
 		source_flags = destination_flags & PREFIX_SERVICE ? 0 : prefix_flags(&source) & PREFIX_SOURCE;
+		about_endpoint = !(destination_flags & PREFIX_SERVICE) && !source_flags && !fragment &&
+				 is_about_endpoint(ctx, offset, protocol, is_v6);
 		if (destination_flags)
 			cause = REDIRECT_ROUTED;
 		else if (source_flags)
 			cause = REDIRECT_SOURCE;
+		else if (about_endpoint)
+			cause = REDIRECT_ERROR;
 		else
 			return pass(PASS_OTHER);
-		plain = destination_flags == PREFIX_DESTINATION && !source_flags;
+		plain = destination_flags == PREFIX_DESTINATION && !source_flags && !about_endpoint;
 	}
 	return redirect(ctx, cause, plain);
 }

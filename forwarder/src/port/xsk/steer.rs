@@ -26,6 +26,8 @@ pub mod heartbeat;
 #[cfg(test)]
 mod reference;
 pub mod set;
+#[cfg(test)]
+mod tests;
 
 /// The program; rebuilt from steer.bpf.c by `scripts/steer`.
 static OBJECT: &[u8] = include_bytes_aligned!("steer.bpf.o");
@@ -161,6 +163,7 @@ steer_counters! {
     RedirectLocal = "redirect_local";
     RedirectRouted = "redirect_routed";
     RedirectSource = "redirect_source";
+    RedirectError = "redirect_error";
     DropWorkerDead = "worker_dead";
     DropNoSocket = "no_socket";
 }
