@@ -60,7 +60,7 @@ reasons! {
     Blackhole = "blackhole", "The route says blackhole, unreachable or prohibit.";
     // Answers to pings.
     EchoAnswered = "echo_answered", "A ping of an address that we own, answered.";
-    IcmpNotForUs = "icmp_not_for_us", "An ICMP message to an owned address that is neither a ping nor an error of a flow.";
+    IcmpNotForUs = "icmp_not_for_us", "An ICMP message to an owned address or about a flow that is neither a ping nor an error to pass on.";
     AnswerLimit = "answer_limit", "A RST, ICMP error or echo reply was due, but too many were sent this second.";
     // Rings.
     TxRingFull = "tx_ring_full", "The transmit ring stayed full.";

@@ -221,6 +221,53 @@ fn an_icmp_error_is_translated_with_the_packet_that_it_quotes() {
 }
 
 #[test]
+fn an_icmp_error_about_a_routed_packet_is_routed_as_it_is() {
+    let mut gateway = Gateway::new();
+    // The gateway keeps no state of it, and the client must learn of a small MTU all the same.
+    let out = gateway.forwarded(OUTSIDE, INSIDE, &udp(CLIENT, 1000, POD_1, 9000, b"?"));
+    for sender in [POD_1, rig::addr("10.244.9.9")] {
+        let error = rig::unreachable(sender, CLIENT, &out[14..]);
+        let back = gateway.forwarded(INSIDE, OUTSIDE, &error);
+        assert_eq!(back[26..], error[26..], "addresses and message as they came");
+        assert!(checksums_right(&back));
+    }
+    // To an address of the gateway itself, it is the kernel's.
+    let own = rig::addr("10.0.0.1");
+    let error = rig::unreachable(POD_1, own, &udp(own, 61000, POD_1, 9, b"")[14..]);
+    assert_eq!(gateway.judge(INSIDE, &error).0, Verdict::Punt);
+}
+
+#[test]
+fn an_icmp_error_that_is_made_up_goes_nowhere() {
+    let mut gateway = Gateway::new();
+    let out = gateway.forwarded(OUTSIDE, INSIDE, &udp(CLIENT, 1000, VIP, 53, b"?"));
+    let pod = rig::destination(&out);
+    let no_flow = Verdict::Drop(Reason::NoFlow);
+    let other = rig::unreachable(pod, rig::addr("198.51.100.8"), &out[14..]);
+    assert_eq!(gateway.judge(INSIDE, &other).0, no_flow, "not to who sent the packet");
+    let mut later_fragment = out[14..].to_vec();
+    later_fragment[7] = 1;
+    let error = rig::unreachable(pod, CLIENT, &later_fragment);
+    assert_eq!(gateway.judge(INSIDE, &error).0, no_flow, "about a packet without ports");
+    let mut garbage = out[14..].to_vec();
+    garbage[0] = 0x65;
+    let error = rig::unreachable(pod, CLIENT, &garbage);
+    assert_eq!(gateway.judge(INSIDE, &error).0, no_flow, "about a packet of no version");
+    let mut redirect = rig::unreachable(pod, CLIENT, &out[14..]);
+    // Type and code, and what they change in the checksum.
+    redirect[34..36].copy_from_slice(&[5, 1]);
+    redirect[36] -= 2;
+    redirect[37] += 2;
+    assert!(checksums_right(&redirect));
+    let verdict = gateway.judge(INSIDE, &redirect).0;
+    assert_eq!(verdict, Verdict::Drop(Reason::IcmpNotForUs), "another way to the pod is not for the client");
+    assert!(matches!(
+        gateway.judge(INSIDE, &rig::unreachable(pod, CLIENT, &out[14..])).0,
+        Verdict::Forward { .. }
+    ));
+}
+
+#[test]
 fn spoofed_and_martian_sources_are_dropped() {
     let mut gateway = Gateway::new();
     let drop = |gateway: &mut Gateway, port, packet: Vec<u8>| gateway.judge(port, &packet).0;

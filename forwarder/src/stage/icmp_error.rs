@@ -9,42 +9,64 @@ use crate::trace::{Step, Trace};
 use crate::verdict::Reason;
 use crate::wire::{checksum, icmp, ipv4, ipv6};
 
-/// Gives ICMP errors about packets of flows the translation of their flow; errors about anything else are left as they are.
+/// Gives ICMP errors about packets of flows the translation of their flow.
+///
+/// An error about a packet of no flow is left as it is: the gateway keeps no state of what it merely routes, and who sent a
+/// routed packet must learn what became of it, not least for path MTU discovery (RFC 1191). It is judged like any other packet
+/// by the next stages; to a Service's address it goes nowhere.
 pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
     for (index, packet) in burst.iter_mut().enumerate() {
-        if !packet.undecided() || packet.layer4 != Layer4::IcmpError {
-            continue;
+        if packet.undecided()
+            && packet.layer4 == Layer4::IcmpError
+            && let Err(reason) = translation(packet, index, cx, trace)
+        {
+            packet.drop(reason);
         }
-        let Some(quoted) = quoted_tuple(packet) else {
-            // Without the ports nothing can be translated, and untranslated it would show a pod's address to a client.
-            let end = usize::from(packet.l3) + usize::from(packet.ip_len);
-            if quote(packet).is_some_and(|quote| quote.l4 + 8 > end) {
-                packet.drop(Reason::Truncated);
-            }
-            continue;
-        };
-        // The quoted packet went out as the answer to what we look for.
-        let received = quoted.reversed();
-        let Some(hit) = cx.flows.lookup(&received, cx.flows.hash(&received)) else { continue };
-        if !checksum_is_right(packet) {
-            packet.drop(Reason::BadL4Checksum);
-            continue;
-        }
-        let out = hit.translated().unwrap_or(received);
-        packet.flow = Some((hit.flow.id(), hit.direction));
-        // The outer addresses change where the flow changes them, whoever sent the error: so does Linux
-        // (nf_nat_icmp_reply_translation), and so the receiver learns of no address that it does not know.
-        packet.out = Tuple {
-            src: if out.src == received.src { packet.tuple.src } else { out.src },
-            dst: if out.dst == received.dst { packet.tuple.dst } else { out.dst },
-            ..packet.tuple
-        };
-        packet.rewrite = Rewrite::IcmpError { quoted_from: quoted, quoted_to: out.reversed() };
-        trace.step(index, || Step::QuotedFlow(quoted));
     }
 }
 
-/// Where the quoted packet stands in the frame, and where its layer 4 begins.
+/// Finds the translation of one error, if it has one.
+fn translation(
+    packet: &mut Packet,
+    index: usize,
+    cx: &mut Context<'_>,
+    trace: &mut impl Trace,
+) -> Result<(), Reason> {
+    // What cannot be read might be about anything, a translated packet among them.
+    let quote = quote(packet).ok_or(Reason::NoFlow)?;
+    // An error goes to who sent the packet (RFC 1122 section 3.2.2). Any other is made up, or went through a translator that
+    // does not know of quotes; Linux calls it invalid (nf_conntrack_inet_error).
+    if quote.src != packet.tuple.dst {
+        return Err(Reason::NoFlow);
+    }
+    let Some(quoted) = quoted_tuple(packet, &quote)? else { return Ok(()) };
+    // The quoted packet went out as the answer to what we look for.
+    let received = quoted.reversed();
+    let Some(hit) = cx.flows.lookup(&received, cx.flows.hash(&received)) else {
+        trace.step(index, || Step::FlowMiss);
+        return Ok(());
+    };
+    if is_redirect(packet) {
+        return Err(Reason::IcmpNotForUs);
+    }
+    if !checksum_is_right(packet) {
+        return Err(Reason::BadL4Checksum);
+    }
+    let out = hit.translated().unwrap_or(received);
+    packet.flow = Some((hit.flow.id(), hit.direction));
+    // The outer addresses change where the flow changes them, whoever sent the error: so does Linux
+    // (nf_nat_icmp_reply_translation), and so the receiver learns of no address that it does not know.
+    packet.out = Tuple {
+        src: if out.src == received.src { packet.tuple.src } else { out.src },
+        dst: if out.dst == received.dst { packet.tuple.dst } else { out.dst },
+        ..packet.tuple
+    };
+    packet.rewrite = Rewrite::IcmpError { quoted_from: quoted, quoted_to: out.reversed() };
+    trace.step(index, || Step::QuotedFlow(quoted));
+    Ok(())
+}
+
+/// The quoted packet: whose it was, where it stands in the frame, and where its layer 4 begins.
 #[derive(Clone, Copy, Debug)]
 pub struct Quote {
     /// Offset of the quoted IP header.
@@ -53,9 +75,12 @@ pub struct Quote {
     pub l4: usize,
     /// Protocol of the quoted layer 4.
     pub protocol: u8,
+    src: Addr,
+    dst: Addr,
 }
 
-/// Finds the quoted packet in a frame. `None`: it is too short, malformed, or a later fragment.
+/// Finds the quoted packet in a frame. `None`: it is too short, malformed, or a later fragment, of which no error may be sent
+/// (RFC 1122 section 3.2.2).
 pub fn quote(packet: &Packet) -> Option<Quote> {
     let l3 = usize::from(packet.l4) + icmp::HEADER_LEN;
     let end = usize::from(packet.l3) + usize::from(packet.ip_len);
@@ -71,37 +96,39 @@ pub fn quote(packet: &Packet) -> Option<Quote> {
         {
             return None;
         }
-        Some(Quote { l3, l4: l3 + header_len, protocol: header.protocol })
+        let (src, dst) = (Addr::v4(header.src.get()), Addr::v4(header.dst.get()));
+        Some(Quote { l3, l4: l3 + header_len, protocol: header.protocol, src, dst })
     } else {
         let (header, rest) = ipv6::Header::ref_from_prefix(bytes).ok()?;
         let chain = ipv6::walk(header.next_header, rest).ok()?;
         if header.version_class_label.get() >> 28 != 6 || chain.later_fragment {
             return None;
         }
-        Some(Quote { l3, l4: l3 + ipv6::HEADER_LEN + chain.len, protocol: chain.protocol })
+        let (src, dst) = (Addr::v6(header.src.get()), Addr::v6(header.dst.get()));
+        Some(Quote { l3, l4: l3 + ipv6::HEADER_LEN + chain.len, protocol: chain.protocol, src, dst })
     }
 }
 
-/// The tuple of the quoted packet, if it has one.
-fn quoted_tuple(packet: &Packet) -> Option<Tuple> {
-    let quote = quote(packet)?;
+/// The tuple of the quoted packet; none if its protocol has no ports.
+///
+/// # Errors
+/// [`Reason::Truncated`]: the quote has less than the 8 bytes of layer 4 that it must have (RFC 792). Without ports nothing can be
+/// translated, and untranslated it would show a pod's address to a client.
+fn quoted_tuple(packet: &Packet, quote: &Quote) -> Result<Option<Tuple>, Reason> {
+    if !matches!(quote.protocol, protocol::TCP | protocol::UDP | protocol::SCTP) {
+        return Ok(None);
+    }
     let data = packet.frame.data();
-    let (src, dst) = if packet.tuple.src.is_v4() {
-        let (header, _) = ipv4::Header::ref_from_prefix(data.get(quote.l3..)?).ok()?;
-        (Addr::v4(header.src.get()), Addr::v4(header.dst.get()))
-    } else {
-        let (header, _) = ipv6::Header::ref_from_prefix(data.get(quote.l3..)?).ok()?;
-        (Addr::v6(header.src.get()), Addr::v6(header.dst.get()))
-    };
-    let end = (usize::from(packet.l3) + usize::from(packet.ip_len)).min(data.len());
-    let l4 = data.get(quote.l4..end)?;
-    let (src_port, dst_port) = match quote.protocol {
-        protocol::TCP | protocol::UDP | protocol::SCTP if l4.len() >= 8 => {
-            (u16::from_be_bytes([l4[0], l4[1]]), u16::from_be_bytes([l4[2], l4[3]]))
-        }
-        _ => return None,
-    };
-    Some(Tuple { src, dst, src_port, dst_port, protocol: quote.protocol })
+    let end = usize::from(packet.l3) + usize::from(packet.ip_len);
+    let l4 = data.get(quote.l4..end.min(data.len())).filter(|l4| l4.len() >= 8).ok_or(Reason::Truncated)?;
+    let (src_port, dst_port) = (u16::from_be_bytes([l4[0], l4[1]]), u16::from_be_bytes([l4[2], l4[3]]));
+    Ok(Some(Tuple { src: quote.src, dst: quote.dst, src_port, dst_port, protocol: quote.protocol }))
+}
+
+/// A redirect tells of a better way to a destination on the link. About a translated packet it would be wrong for its receiver;
+/// Linux drops it (nf_nat_icmp_reply_translation). ICMPv6 has it among neighbor discovery, which is not forwarded.
+fn is_redirect(packet: &Packet) -> bool {
+    packet.tuple.src.is_v4() && packet.frame.data().get(usize::from(packet.l4)) == Some(&icmp::v4::REDIRECT)
 }
 
 /// An error that is to be translated must be sound, since its checksum is computed anew.
