@@ -304,10 +304,7 @@ pub enum Reply {
     /// To `stats`.
     Stats(Stats),
     /// To `drops`.
-    Drops {
-        /// Every reason with a count other than 0, and with a count of 0 too, in the order of the counters.
-        reasons: Vec<Count>,
-    },
+    Drops(Drops),
     /// To `count_flows` and `flush_flows`.
     FlowCount {
         /// How many flows matched.
@@ -595,6 +592,33 @@ pub struct WorkerRow {
     /// Its counters by name.
     #[serde(default)]
     pub counters: BTreeMap<String, u64>,
+    /// Where the frames of its packet memory are.
+    #[serde(default)]
+    pub frames: FramesRow,
+}
+
+/// Where the frames of a worker's packet memory are, at about one moment of the last few milliseconds. When no packet moves
+/// they are exactly `total` = `free` + `held` + `fill` + `rx` + `tx` + `completion` + `kernel`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FramesRow {
+    /// All there are.
+    pub total: u64,
+    /// Free.
+    pub free: u64,
+    /// In packets that wait for a next hop.
+    pub held: u64,
+    /// On the fill rings, for packets to come.
+    pub fill: u64,
+    /// On the receive rings.
+    pub rx: u64,
+    /// On the transmit rings.
+    pub tx: u64,
+    /// On the completion rings: sent.
+    pub completion: u64,
+    /// On no ring: in the hands of kernel or driver.
+    pub kernel: u64,
+    /// Nowhere; negative if some are in two places. Anything but 0 is a bug. Exact at every moment.
+    pub missing: i64,
 }
 
 /// A flow.
@@ -753,6 +777,16 @@ pub struct Count {
     pub help: String,
 }
 
+/// Packets that were received but not forwarded, and those that were lost before.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drops {
+    /// Every reason of the pipeline, in the order of the counters, those with a count of 0 too. Of packets received.
+    pub reasons: Vec<Count>,
+    /// Losses in the receive rings. They were never received, and are in no other sum.
+    #[serde(default)]
+    pub rings: Vec<Count>,
+}
+
 /// Counters of all workers.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stats {
@@ -762,6 +796,9 @@ pub struct Stats {
     pub totals: Vec<Count>,
     /// Sums of the drop reasons.
     pub drops: Vec<Count>,
+    /// Losses in the receive rings, as in [`Drops::rings`].
+    #[serde(default)]
+    pub rings: Vec<Count>,
     /// Each worker.
     pub workers: Vec<WorkerRow>,
     /// Flows in the table.

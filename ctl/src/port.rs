@@ -3,7 +3,16 @@
 use config::control::{Item, PortRow};
 
 use crate::get::{Row, View};
-use crate::print::{Cell, Tint};
+use crate::print::{Cell, Tint, thousands};
+
+/// Columns of what went wrong in the rings, with the counters that each sums up. None of these packets was received or sent.
+const RING_COLUMNS: [(&str, &[&str]); 5] = [
+    ("RX-FULL", &["rx_ring_full"]),
+    ("RX-DROPPED", &["rx_dropped"]),
+    ("FILL-EMPTY", &["rx_fill_ring_empty_descs"]),
+    ("INVALID", &["rx_invalid_descs", "tx_invalid_descs", "rx_refused", "completions_refused", "tx_empty"]),
+    ("TX-LOST", &["lost_sends"]),
+];
 
 impl Row for PortRow {
     const SINGULAR: &'static str = "port";
@@ -22,7 +31,8 @@ impl Row for PortRow {
     fn header(view: View) -> Vec<&'static str> {
         let mut header = vec!["NAME", "INTERFACE", "ROLE", "LINK", "MODE", "QUEUES", "ADDRESSES"];
         if view.wide {
-            header.extend(["MAC", "MTU", "COUNTERS"]);
+            header.extend(["MAC", "MTU"]);
+            header.extend(RING_COLUMNS.iter().map(|(name, _)| name));
         }
         header
     }
@@ -38,9 +48,12 @@ impl Row for PortRow {
             self.addresses.join(",").into(),
         ];
         if view.wide {
-            let counters: Vec<String> =
-                self.counters.iter().filter(|c| *c.1 > 0).map(|(k, v)| format!("{k}={v}")).collect();
-            cells.extend([self.mac.as_str().into(), self.mtu.to_string().into(), counters.join(",").into()]);
+            cells.extend([self.mac.as_str().into(), self.mtu.to_string().into()]);
+            cells.extend(RING_COLUMNS.iter().map(|(_, counters)| {
+                let value = |name: &&str| self.counters.get(*name).copied().unwrap_or(0);
+                let sum = counters.iter().map(value).sum();
+                Cell::new(if sum > 0 { Tint::Warn } else { Tint::Plain }, thousands(sum))
+            }));
         }
         cells
     }
@@ -52,7 +65,7 @@ mod tests {
     use crate::get::print_rows;
 
     #[test]
-    fn counters_that_are_zero_stay_out() {
+    fn losses_of_the_rings_are_wide() {
         let rows = [PortRow {
             index: 0,
             name: "uplink".into(),
@@ -64,15 +77,20 @@ mod tests {
             mtu: 1500,
             up: true,
             addresses: vec!["192.0.2.1".into()],
-            counters: [("rx_dropped".to_owned(), 0), ("rx_ring_full".to_owned(), 3)].into(),
+            counters: [
+                ("rx_invalid_descs".to_owned(), 1),
+                ("tx_invalid_descs".to_owned(), 1),
+                ("rx_ring_full".to_owned(), 3),
+            ]
+            .into(),
         }];
         insta::assert_snapshot!(print_rows(&rows, View::NARROW), @"
         NAME     INTERFACE   ROLE      LINK   MODE   QUEUES   ADDRESSES
         uplink   g0          outside   up     copy   2        192.0.2.1
         ");
         insta::assert_snapshot!(print_rows(&rows, View { namespaces: false, ..View::WIDE }), @"
-        NAME     INTERFACE   ROLE      LINK   MODE   QUEUES   ADDRESSES   MAC                 MTU    COUNTERS
-        uplink   g0          outside   up     copy   2        192.0.2.1   02:00:00:00:00:01   1500   rx_ring_full=3
+        NAME     INTERFACE   ROLE      LINK   MODE   QUEUES   ADDRESSES   MAC                 MTU    RX-FULL   RX-DROPPED   FILL-EMPTY   INVALID   TX-LOST
+        uplink   g0          outside   up     copy   2        192.0.2.1   02:00:00:00:00:01   1500   3         0            0            2         0
         ");
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use config::control::{Reply, Request, Stats};
+use config::control::{Count, Reply, Request, Stats};
 use serde_json::json;
 
 use crate::connection::{Connection, unexpected};
@@ -77,6 +77,8 @@ struct Rates {
     answered: f64,
     punted: f64,
     dropped: f64,
+    /// In the receive rings, before the pipeline.
+    lost: f64,
     flows_created: f64,
     flows: u64,
 }
@@ -94,8 +96,13 @@ impl Rates {
             now.saturating_sub(before) as f64 * 1000.0 / elapsed_ms.max(1) as f64
         };
         let rate = |name: &str| a_second(value(before, name), value(now, name));
-        // Answered packets have a reason too, but they were not lost.
-        let lost = |stats: &Stats| dropped(stats).saturating_sub(value(stats, "answered"));
+        // Answered packets have a reason too, but they were not dropped.
+        let dropped_only = |stats: &Stats| dropped(stats).saturating_sub(value(stats, "answered"));
+        // An empty fill ring is counted among the dropped as well.
+        let lost = |stats: &Stats| {
+            let is_loss = |count: &&Count| matches!(count.name.as_str(), "rx_ring_full" | "rx_dropped");
+            stats.rings.iter().filter(is_loss).map(|count| count.value).sum::<u64>()
+        };
         Rates {
             rx_packets: rate("rx_packets"),
             rx_bits: rate("rx_bytes") * 8.0,
@@ -104,7 +111,9 @@ impl Rates {
             forwarded: rate("forwarded"),
             answered: rate("answered"),
             punted: rate("punted"),
-            dropped: a_second(lost(before), lost(now)),
+            dropped: a_second(dropped_only(before), dropped_only(now)),
+            // The sockets outlive a data plane, and their counters with them.
+            lost: lost(now).saturating_sub(lost(before)) as f64 * 1000.0 / elapsed_ms.max(1) as f64,
             flows_created: rate("flows_created"),
             flows: now.flows,
         }
@@ -114,8 +123,8 @@ impl Rates {
         let mut text = String::new();
         if header {
             let names = [
-                "rx/s", "rx bit/s", "tx/s", "tx bit/s", "fwd/s", "answer/s", "punt/s", "drop/s", "new/s",
-                "flows",
+                "rx/s", "rx bit/s", "tx/s", "tx bit/s", "fwd/s", "answer/s", "punt/s", "drop/s", "lost/s",
+                "new/s", "flows",
             ];
             let names: String = names.iter().map(|name| format!("{name:>9} ")).collect();
             text = paint.paint(Tint::Bold, names.trim_end()) + "\n";
@@ -129,6 +138,7 @@ impl Rates {
             self.answered,
             self.punted,
             self.dropped,
+            self.lost,
             self.flows_created,
             self.flows as f64,
         ];
@@ -146,6 +156,7 @@ impl Rates {
             "answered_s": self.answered,
             "punted_s": self.punted,
             "dropped_s": self.dropped,
+            "lost_s": self.lost,
             "flows_created_s": self.flows_created,
             "flows": self.flows,
         })
@@ -187,11 +198,10 @@ fn sums(stats: &Stats, wide: bool, paint: Paint) -> String {
     }
     let mut text = table.take(paint, 0);
     text += &format!("\n{} flows in the table\n", thousands(stats.flows));
-    let mut happened = stats.drops.clone();
-    happened.retain(|reason| reason.value > 0);
-    if !happened.is_empty() {
+    let drops = drops::text(&stats.drops, &stats.rings, false, paint);
+    if !drops.is_empty() {
         text += "\n";
-        text += &drops::table(happened, paint);
+        text += &drops;
     }
     text
 }
@@ -199,7 +209,7 @@ fn sums(stats: &Stats, wide: bool, paint: Paint) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use config::control::{Count, WorkerRow};
+    use config::control::WorkerRow;
 
     fn stats(uptime_ms: u64, rx: u64, dropped: u64) -> Stats {
         let count = |name: &str, value| Count { name: name.into(), value, help: "Help.".into() };
@@ -207,6 +217,7 @@ mod tests {
             uptime_ms,
             totals: vec![count("rx_packets", rx), count("rx_bytes", rx * 100), count("answered", 1)],
             drops: vec![count("no_route", dropped), count("unknown_port", 1), count("land", 0)],
+            rings: vec![count("rx_ring_full", rx / 1000), count("rx_fill_ring_empty_descs", 7)],
             workers: vec![WorkerRow {
                 index: 0,
                 counters: [("rx_packets".to_owned(), rx)].into(),
@@ -229,6 +240,11 @@ mod tests {
         REASON         PACKETS   MEANING
         no_route       3         Help.
         unknown_port   1         Help.
+
+        Lost in the rings, and not among the packets received:
+        RING LOSS                  PACKETS   MEANING
+        rx_ring_full               1,234     Help.
+        rx_fill_ring_empty_descs   7         Help.
         ");
     }
 
@@ -237,8 +253,8 @@ mod tests {
         let rates = Rates::between(&stats(1000, 1000, 0), &stats(3000, 5000, 8));
         assert_eq!((rates.rx_packets, rates.rx_bits, rates.dropped), (2000.0, 1_600_000.0, 4.0));
         insta::assert_snapshot!(rates.line(true, Paint::PLAIN), @"
-         rx/s  rx bit/s      tx/s  tx bit/s     fwd/s  answer/s    punt/s    drop/s     new/s     flows
-        2.00k     1.60M         0         0         0         0         0         4         0        12
+         rx/s  rx bit/s      tx/s  tx bit/s     fwd/s  answer/s    punt/s    drop/s    lost/s     new/s     flows
+        2.00k     1.60M         0         0         0         0         0         4         2         0        12
         ");
     }
 
@@ -247,6 +263,8 @@ mod tests {
         let rates = Rates::between(&stats(90_000, 1_000_000, 7), &stats(500, 100, 0));
         assert_eq!(rates.rx_packets, 200.0);
         assert_eq!(rates.dropped, 0.0);
+        let (before, now) = (stats(90_000, 8_000, 7), stats(500, 9_000, 0));
+        assert_eq!(Rates::between(&before, &now).lost, 2.0, "the sockets and their counters live on");
     }
 
     #[test]

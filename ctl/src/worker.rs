@@ -1,6 +1,6 @@
 //! Workers: `get workers`.
 
-use config::control::{Item, WorkerRow};
+use config::control::{FramesRow, Item, WorkerRow};
 
 use crate::get::{Row, View};
 use crate::print::{Cell, Tint, thousands};
@@ -23,6 +23,17 @@ impl Row for WorkerRow {
         let mut header = vec!["WORKER", "CPU", "POLL", "STATE", "HEARTBEAT", "GENERATION"];
         if view.wide {
             header.extend(["RX", "TX", "FORWARDED", "BURSTS", "SLEEPS"]);
+            header.extend([
+                "FRAMES",
+                "FREE",
+                "HELD",
+                "ON-FILL",
+                "ON-RX",
+                "ON-TX",
+                "COMPLETED",
+                "KERNEL",
+                "MISSING",
+            ]);
         }
         header
     }
@@ -47,6 +58,12 @@ impl Row for WorkerRow {
                     Cell::from(self.counters.get(name).map(|&n| thousands(n)).unwrap_or_default())
                 }),
             );
+            let FramesRow { total, free, held, fill, rx, tx, completion, kernel, missing } = self.frames;
+            cells.extend(
+                [total, free, held, fill, rx, tx, completion, kernel].map(|n| Cell::from(thousands(n))),
+            );
+            let tint = if missing == 0 { Tint::Plain } else { Tint::Bad };
+            cells.push(Cell::new(tint, missing.to_string()));
         }
         cells
     }
@@ -68,6 +85,15 @@ mod tests {
                 heartbeat_age_ms: 2,
                 state: "running".into(),
                 counters: [("rx_packets".to_owned(), 1_234_567), ("forwarded".to_owned(), 1_234_000)].into(),
+                frames: FramesRow {
+                    total: 16_384,
+                    free: 8_190,
+                    held: 1,
+                    fill: 8_000,
+                    rx: 192,
+                    completion: 1,
+                    ..FramesRow::default()
+                },
             },
             WorkerRow {
                 index: 1,
@@ -83,9 +109,9 @@ mod tests {
         1        2     <none>     stuck     1200ms      0
         ");
         insta::assert_snapshot!(print_rows(&rows, View { namespaces: false, ..View::WIDE }), @"
-        WORKER   CPU   POLL       STATE     HEARTBEAT   GENERATION   RX          TX       FORWARDED   BURSTS   SLEEPS
-        0        1     adaptive   running   2ms         7            1,234,567   <none>   1,234,000   <none>   <none>
-        1        2     <none>     stuck     1200ms      0            <none>      <none>   <none>      <none>   <none>
+        WORKER   CPU   POLL       STATE     HEARTBEAT   GENERATION   RX          TX       FORWARDED   BURSTS   SLEEPS   FRAMES   FREE    HELD   ON-FILL   ON-RX   ON-TX   COMPLETED   KERNEL   MISSING
+        0        1     adaptive   running   2ms         7            1,234,567   <none>   1,234,000   <none>   <none>   16,384   8,190   1      8,000     192     0       1           0        0
+        1        2     <none>     stuck     1200ms      0            <none>      <none>   <none>      <none>   <none>   0        0       0      0         0       0       0           0        0
         ");
     }
 }

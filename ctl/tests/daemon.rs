@@ -85,7 +85,7 @@ impl Daemon {
             steer: Box::new(NoMaps),
             routes: Box::new(|_| {}),
             ports: vec![PortInfo { mode: "copy".into(), queues: 1, partial_checksums: true }; 2],
-            port_counters: Box::new(|_| Default::default()),
+            socket_counters: Box::new(|_| Default::default()),
             restarts: 0,
         })
         .unwrap();

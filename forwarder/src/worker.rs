@@ -31,6 +31,7 @@ use hold::{Holding, Resolve};
 use idle::Idle;
 use punt::Punt;
 
+pub mod frames;
 pub mod hold;
 pub mod idle;
 pub mod punt;
@@ -92,6 +93,7 @@ struct Running<P> {
     batch: Batch,
     holding: Holding,
     generations: Generations,
+    account_due: frames::Due,
     idle: Idle,
 }
 
@@ -122,6 +124,7 @@ impl<P: Port> Running<P> {
             batch: Batch::default(),
             holding: Holding::new(worker.resolve),
             generations: Generations::default(),
+            account_due: frames::Due::default(),
             idle: Idle::new(worker.poll),
         }
     }
@@ -166,7 +169,16 @@ impl<P: Port> Running<P> {
             counters.add(Counter::bursts, 1);
             self.idle.busy(now_ns);
         }
+        if self.account_due.is_due(now_ns) {
+            self.account();
+        }
         received
+    }
+
+    /// At the end of a round: tells where the frames are.
+    fn account(&mut self) {
+        let Rings { ports, pool, .. } = &mut self.rings;
+        self.link.frames().publish(pool, self.holding.frames(), ports);
     }
 
     /// After a round without packets: spins, or sleeps until something happens.
@@ -175,6 +187,7 @@ impl<P: Port> Running<P> {
         if !at_rest || !self.idle.may_sleep(now_ns) {
             return std::hint::spin_loop();
         }
+        self.account();
         self.link.counters().add(Counter::sleeps, 1);
         self.judge.offline();
         idle::sleep(&self.rings.ports, &self.link);

@@ -4,7 +4,6 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use etherparse::PacketBuilder;
 use tests::case::folder;
 use tests::cluster::{Cluster, VIP, VIP6};
 use tests::gateway::{Towpathd, binary};
@@ -12,18 +11,6 @@ use tests::length;
 use tests::probe;
 use tests::process::Process;
 use tests::twin::Twin;
-
-/// A datagram from the client to the echo port of `web`, without a checksum, so that its payload can be numbered.
-fn numbered_datagram() -> Vec<u8> {
-    let mut frame = Vec::new();
-    PacketBuilder::ethernet2([2, 0, 0, 0, 0, 2], [2, 0, 0, 0, 0, 1])
-        .ipv4([10, 1, 0, 2], [203, 0, 113, 10], 64)
-        .udp(20_000, 53)
-        .write(&mut frame, &[0; 18])
-        .unwrap();
-    frame[40..42].copy_from_slice(&[0, 0]);
-    frame
-}
 
 #[test]
 fn ten_kills_of_the_data_plane_lose_no_packet() {
@@ -37,7 +24,7 @@ fn ten_kills_of_the_data_plane_lose_no_packet() {
     let rate = 50_000;
     let report = std::thread::scope(|scope| {
         let traffic = scope.spawn(|| {
-            probe::run((&twin.far, "w0"), (&twin.far, "w1"), &numbered_datagram(), rate, &stop).unwrap()
+            probe::run((&twin.far, "w0"), (&twin.far, "w1"), &probe::datagram(), rate, &stop).unwrap()
         });
         for _ in 0..length::pick(10, 100) {
             std::thread::sleep(Duration::from_millis(700));

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use config::control::{Stats, Status};
+use config::control::{FramesRow, Stats, Status};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -201,18 +201,15 @@ impl Towpathd {
     /// The checks that every test ends with, and a clean stop. `allowed`: drop reasons that the test gives.
     ///
     /// - A1: every packet received was forwarded, answered, punted, held or dropped for a reason, exactly.
-    /// - A2: no descriptor was refused by the kernel or by us.
+    /// - A2: every frame is somewhere, exactly, and no descriptor was refused by the kernel or by us.
     /// - A3: the log has no panic and no error.
     /// - A4: descriptors and threads as after warm-up, memory within reach of it.
     /// - A5: only drop reasons on the list.
     pub fn finish(mut self, allowed: &[&str]) -> Result<()> {
         let stats = self.settled()?;
         conserved(&stats)?;
-        for port in self.status()?.ports {
-            for (name, value) in &port.counters {
-                ensure!(!name.contains("invalid") || *value == 0, "A2: {} {name} is {value}", port.name);
-            }
-        }
+        nothing_refused(&self.status()?)?;
+        self.every_frame_is_somewhere()?;
         if self.resources.descriptors > 0 {
             let (before, now) = (self.resources, self.measure()?);
             ensure!(
@@ -256,6 +253,27 @@ impl Towpathd {
         Ok(last)
     }
 
+    /// A2: the frames of each worker add up. Waits for moments at which none moves.
+    fn every_frame_is_somewhere(&self) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let stats = self.stats()?;
+            ensure!(!stats.workers.is_empty(), "A2: no worker");
+            let mut exact = true;
+            for worker in &stats.workers {
+                let FramesRow { total, free, held, fill, rx, tx, completion, kernel, missing } =
+                    worker.frames;
+                ensure!(total > 0 && missing == 0, "A2: worker {}: {:?}", worker.index, worker.frames);
+                exact &= total == free + held + fill + rx + tx + completion + kernel;
+            }
+            if exact {
+                return Ok(());
+            }
+            ensure!(start.elapsed() < PATIENCE, "A2: frames do not add up: {:#?}", stats.workers);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
     fn measure(&self) -> Result<Resources> {
         let pid = self.data_plane().context("no data plane runs")?;
         let proc = PathBuf::from(format!("/proc/{pid}"));
@@ -287,6 +305,19 @@ fn conserved(stats: &Stats) -> Result<()> {
     let ended = total("forwarded") + total("punted") + reasons;
     let received = total("rx_packets");
     ensure!(received == ended, "A1: {received} packets received, {ended} ended: {stats:#?}");
+    Ok(())
+}
+
+/// A2: neither the kernel nor we refused a descriptor of any ring.
+fn nothing_refused(status: &Status) -> Result<()> {
+    for port in &status.ports {
+        for name in ["rx_invalid_descs", "tx_invalid_descs", "rx_refused", "completions_refused", "tx_empty"]
+        {
+            let value =
+                port.counters.get(name).with_context(|| format!("A2: {} has no {name}", port.name))?;
+            ensure!(*value == 0, "A2: {} {name} is {value}", port.name);
+        }
+    }
     Ok(())
 }
 

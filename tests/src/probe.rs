@@ -4,12 +4,26 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use etherparse::PacketBuilder;
 
 use crate::namespace::Namespace;
 use crate::wire::Wire;
 
 /// Where the number stands in the payload of the frame.
 const NUMBER_AT: usize = 42;
+
+/// A datagram from the client of the [twin](crate::twin) to a Service of the golden cases, without a checksum, so that its
+/// payload can be numbered.
+pub fn datagram() -> Vec<u8> {
+    let mut frame = Vec::new();
+    PacketBuilder::ethernet2([2, 0, 0, 0, 0, 2], [2, 0, 0, 0, 0, 1])
+        .ipv4([10, 1, 0, 2], [203, 0, 113, 10], 64)
+        .udp(20_000, 53)
+        .write(&mut frame, &[0; 18])
+        .expect("a vector takes every byte");
+    frame[40..42].copy_from_slice(&[0, 0]);
+    frame
+}
 
 /// What became of the datagrams.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -34,6 +34,6 @@ pub use interface::Channels;
 pub use socket::{BusyPoll, Kick, Socket, SocketConfig, Statistics, recover_frames};
 
 pub use frame::{Frame, FramePool, HEAD_LEN, NoRoom, RX_HEADROOM};
-pub use queue::Refused;
+pub use queue::{QueueFrames, Refused};
 pub use recover::Recovered;
 pub use umem::{Umem, UmemConfig, UmemError};

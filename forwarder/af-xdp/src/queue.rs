@@ -20,6 +20,28 @@ pub struct Refused {
     pub tx_empty: u64,
 }
 
+/// Where the frames of one queue are that are neither free nor in the hands of the process.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct QueueFrames {
+    /// On the fill ring: they wait for packets.
+    pub fill: u32,
+    /// Packets on the RX ring that were not received yet.
+    pub rx: u32,
+    /// Packets on the TX ring that the kernel has not taken yet.
+    pub tx: u32,
+    /// Packets on the completion ring: sent, not taken back yet.
+    pub completion: u32,
+    /// On none of the rings: taken by the kernel or the driver.
+    pub kernel: u32,
+}
+
+impl QueueFrames {
+    /// All of them.
+    pub fn total(&self) -> u32 {
+        self.fill + self.rx + self.tx + self.completion + self.kernel
+    }
+}
+
 /// An RX entry that recovery found to be done with already.
 pub(crate) const TOMBSTONE: Desc = Desc { addr: u64::MAX, len: 0, options: 0 };
 
@@ -215,6 +237,20 @@ impl Queue {
         self.completion.advance(n);
         self.completion.release();
         n as usize
+    }
+
+    /// Where the frames of this queue are; together as many as were given to the kernel and did not come back.
+    ///
+    /// The kernel goes on meanwhile, so each pair of rings is read against the stream: what moves from one to the other
+    /// between the two looks counts as the kernel's, and nothing counts twice. Call it between bursts: what was received
+    /// and not released is the process's.
+    pub(crate) fn frames(&mut self) -> QueueFrames {
+        let rx = self.rx.peek(self.rx.len()).min(self.in_kernel);
+        let fill = self.fill.pending().min(self.in_kernel - rx);
+        let completion = self.completion.peek(self.completion.len()).min(self.in_flight);
+        let tx = self.tx.pending().min(self.in_flight - completion);
+        let kernel = (self.in_kernel - rx - fill) + (self.in_flight - completion - tx);
+        QueueFrames { fill, rx, tx, completion, kernel }
     }
 
     /// Gives free frames to the kernel until it has as many as the fill ring holds. Does nothing while received frames
@@ -421,6 +457,36 @@ mod tests {
         queue.refill(&mut pool);
         assert_eq!((pool.len(), queue.in_kernel, queue.in_flight), (8, 8, 0));
         assert_eq!(queue.refused, Refused::default());
+    }
+
+    #[test]
+    fn every_frame_is_somewhere() {
+        let (mut pool, mut queue, mut kernel) = rig(16, 4);
+        let frames = |pool: &FramePool, queue: &mut Queue| {
+            let frames = queue.frames();
+            assert_eq!(pool.len() as u32 + frames.total(), 16);
+            (frames.fill, frames.rx, frames.tx, frames.completion, frames.kernel)
+        };
+        assert_eq!(frames(&pool, &mut queue), (0, 0, 0, 0, 0));
+        queue.refill(&mut pool);
+        assert_eq!(frames(&pool, &mut queue), (4, 0, 0, 0, 0));
+        kernel.deliver(&[b"one"]);
+        kernel.deliver(&[b"two"]);
+        assert_eq!(frames(&pool, &mut queue), (2, 2, 0, 0, 0));
+        // Too long for what is left: its first chunks stay inside the kernel.
+        assert!(!kernel.deliver(&[b"a", b"b", b"c"]));
+        assert_eq!(frames(&pool, &mut queue), (0, 2, 0, 0, 2));
+        let mut burst = Burst::default();
+        queue.receive(&mut pool, &mut burst, 64);
+        queue.transmit(&mut pool, &mut burst);
+        queue.release(&mut pool);
+        assert_eq!(frames(&pool, &mut queue), (0, 0, 2, 0, 2));
+        let sent = kernel.send();
+        assert_eq!(frames(&pool, &mut queue), (0, 0, 0, 0, 4));
+        kernel.complete(&sent[0].1);
+        assert_eq!(frames(&pool, &mut queue), (0, 0, 0, 1, 3));
+        queue.complete(&mut pool);
+        assert_eq!(frames(&pool, &mut queue), (0, 0, 0, 0, 3));
     }
 
     #[test]

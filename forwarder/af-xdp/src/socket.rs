@@ -21,7 +21,7 @@ use crate::error::OpenError;
 use crate::frame::FramePool;
 use crate::interface::Channels;
 use crate::option;
-use crate::queue::{Queue, Refused};
+use crate::queue::{Queue, QueueFrames, Refused};
 use crate::recover::{Recovered, recover};
 use crate::ring::{Consumer, Producer};
 use crate::umem::Umem;
@@ -100,10 +100,11 @@ pub struct BusyPoll {
     pub budget: u32,
 }
 
-/// `XDP_STATISTICS` of a socket: what the kernel dropped or missed.
+/// `XDP_STATISTICS` of a socket: what the kernel dropped or missed. They belong to the socket: a process that inherits it
+/// finds them where the last one left them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Statistics {
-    /// Packets dropped for other reasons than the following.
+    /// Packets dropped for want of a frame, or since they are longer than the frames that the socket takes.
     pub rx_dropped: u64,
     /// Fill descriptors that were invalid.
     pub rx_invalid_descs: u64,
@@ -111,10 +112,45 @@ pub struct Statistics {
     pub tx_invalid_descs: u64,
     /// Packets dropped since the RX ring was full.
     pub rx_ring_full: u64,
-    /// Packets dropped since the fill ring was empty.
+    /// Times that the kernel found the fill ring empty. In copy mode each is a packet of `rx_dropped` as well
+    /// (Linux 6.18, `__xp_alloc` and `__xsk_rcv`).
     pub rx_fill_ring_empty_descs: u64,
-    /// Times that the kernel found the TX ring empty.
+    /// Times that the kernel found the TX ring empty: no loss.
     pub tx_ring_empty_descs: u64,
+}
+
+impl Statistics {
+    /// What the kernel counted for `socket`. A system call.
+    ///
+    /// # Errors
+    /// It is no AF_XDP socket.
+    pub fn of(socket: impl AsFd) -> io::Result<Statistics> {
+        let s = sockopt::xdp_statistics(socket)?;
+        Ok(Statistics {
+            rx_dropped: s.rx_dropped,
+            rx_invalid_descs: s.rx_invalid_descs,
+            tx_invalid_descs: s.tx_invalid_descs,
+            rx_ring_full: s.rx_ring_full.unwrap_or(0),
+            rx_fill_ring_empty_descs: s.rx_fill_ring_empty_descs.unwrap_or(0),
+            tx_ring_empty_descs: s.tx_ring_empty_descs.unwrap_or(0),
+        })
+    }
+}
+
+impl std::ops::Add for Statistics {
+    type Output = Statistics;
+
+    /// Of two sockets together.
+    fn add(self, other: Statistics) -> Statistics {
+        Statistics {
+            rx_dropped: self.rx_dropped + other.rx_dropped,
+            rx_invalid_descs: self.rx_invalid_descs + other.rx_invalid_descs,
+            tx_invalid_descs: self.tx_invalid_descs + other.tx_invalid_descs,
+            rx_ring_full: self.rx_ring_full + other.rx_ring_full,
+            rx_fill_ring_empty_descs: self.rx_fill_ring_empty_descs + other.rx_fill_ring_empty_descs,
+            tx_ring_empty_descs: self.tx_ring_empty_descs + other.tx_ring_empty_descs,
+        }
+    }
 }
 
 /// What became of a [`Socket::kick`].
@@ -306,20 +342,17 @@ impl Socket {
         self.lost_sends
     }
 
+    /// Where the frames of its rings are. No system call.
+    pub fn frames(&mut self) -> QueueFrames {
+        self.queue.frames()
+    }
+
     /// What the kernel counted for this socket. A system call.
     ///
     /// # Errors
     /// As the kernel says; none is known.
     pub fn statistics(&self) -> io::Result<Statistics> {
-        let s = sockopt::xdp_statistics(&self.fd)?;
-        Ok(Statistics {
-            rx_dropped: s.rx_dropped,
-            rx_invalid_descs: s.rx_invalid_descs,
-            tx_invalid_descs: s.tx_invalid_descs,
-            rx_ring_full: s.rx_ring_full.unwrap_or(0),
-            rx_fill_ring_empty_descs: s.rx_fill_ring_empty_descs.unwrap_or(0),
-            tx_ring_empty_descs: s.tx_ring_empty_descs.unwrap_or(0),
-        })
+        Statistics::of(&self.fd)
     }
 
     /// The memory of its frames.

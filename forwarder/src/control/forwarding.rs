@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use config::control::{NeighborRow, PortRow, RouteRow, WorkerRow};
+use config::control::{FramesRow, NeighborRow, PortRow, RouteRow, WorkerRow};
 use config::gateway::{Poll, Role};
 
 use super::Shared;
@@ -10,6 +10,7 @@ use super::health::{STUCK_AFTER_NS, heartbeat_age_ns};
 use super::publish::WorkerLink;
 use crate::stats::Counter;
 use crate::tables::{Fib, Route};
+use crate::worker::frames::Frames;
 
 /// `02:00:00:00:00:01`.
 fn mac_text(mac: [u8; 6]) -> String {
@@ -71,7 +72,7 @@ impl Shared {
     }
 
     /// Every port of the gateway file.
-    pub(super) fn port_rows(&self, counters: impl Fn(usize) -> BTreeMap<String, u64>) -> Vec<PortRow> {
+    pub(super) fn port_rows(&self) -> Vec<PortRow> {
         let fib = self.publisher.fib();
         let row = |(index, port): (usize, &config::gateway::PortSection)| {
             let link = fib.ports.get(index).cloned().unwrap_or_default();
@@ -92,7 +93,7 @@ impl Shared {
                 mtu: link.mtu,
                 up: link.up,
                 addresses: link.v4.iter().chain(&link.v6).map(ToString::to_string).collect(),
-                counters: counters(index),
+                counters: self.port_counters(index),
             }
         };
         self.gateway.ports.iter().enumerate().map(row).collect()
@@ -124,6 +125,26 @@ impl Shared {
             heartbeat_age_ms: age_ns.unwrap_or_default() / 1_000_000,
             state: state.to_owned(),
             counters: Counter::ALL.iter().map(|c| (c.name().to_owned(), counters.get(*c))).collect(),
+            frames: self.frames_row(worker.frames()),
         }
+    }
+
+    fn frames_row(&self, frames: &Frames) -> FramesRow {
+        let mut row = FramesRow {
+            total: frames.total(),
+            free: frames.free(),
+            held: frames.held(),
+            missing: frames.missing(),
+            ..FramesRow::default()
+        };
+        for port in 0..self.gateway.ports.len() {
+            let on_rings = frames.queue(port).frames;
+            row.fill += u64::from(on_rings.fill);
+            row.rx += u64::from(on_rings.rx);
+            row.tx += u64::from(on_rings.tx);
+            row.completion += u64::from(on_rings.completion);
+            row.kernel += u64::from(on_rings.kernel);
+        }
+        row
     }
 }

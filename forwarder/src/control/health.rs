@@ -93,10 +93,17 @@ impl Watch {
     }
 }
 
-/// For `status`: every worker that is stuck or has not started.
+/// For `status`: every worker that is stuck, has not started, or has lost frames.
 pub fn problems(workers: &[Arc<WorkerLink>], now_ns: u64) -> Vec<Fault> {
     let mut problems = Vec::new();
     for worker in workers {
+        let (missing, total) = (worker.frames().missing(), worker.frames().total());
+        if missing != 0 {
+            let fault =
+                Fault::new(Code::Other, format!("{missing} of its {total} frames are missing: a bug"))
+                    .object(format!("worker {}", worker.index()));
+            problems.push(fault.remedy("report it with `towpathctl get workers -o json` and the log"));
+        }
         let message = match heartbeat_age_ns(worker, now_ns) {
             None => "has not started".to_owned(),
             Some(age) if age > STUCK_AFTER_NS => format!("has made no progress for {} ms", age / 1_000_000),

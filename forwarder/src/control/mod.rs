@@ -39,6 +39,7 @@ pub mod restore;
 pub mod flow;
 pub mod forwarding;
 pub mod health;
+pub mod rings;
 
 use commit::{Committer, Job};
 use compile::Compiler;
@@ -98,8 +99,9 @@ pub struct PortInfo {
     pub partial_checksums: bool,
 }
 
-/// Counters of a port's rings by name, for `get ports`.
-pub type PortCounters = Box<dyn Fn(usize) -> BTreeMap<String, u64> + Send + Sync>;
+/// What the kernel counted for the sockets of a port, by port index. They live in the keeper, so that nothing of it is lost
+/// with a data plane.
+pub type SocketCounters = Box<dyn Fn(usize) -> af_xdp::Statistics + Send + Sync>;
 
 /// Everything that control is started with.
 pub struct ControlParts {
@@ -125,8 +127,8 @@ pub struct ControlParts {
     pub routes: Box<dyn FnMut(Wanted) + Send>,
     /// What the kernel granted, by port.
     pub ports: Vec<PortInfo>,
-    /// Counters of the rings of a port.
-    pub port_counters: PortCounters,
+    /// What the kernel counted for the sockets of a port.
+    pub socket_counters: SocketCounters,
     /// How often the keeper had to start the data plane again.
     pub restarts: u32,
 }
@@ -151,6 +153,8 @@ pub struct Shared {
     pub affinity: Arc<FlowMap>,
     /// What the kernel granted, by port.
     pub ports: Vec<PortInfo>,
+    /// What the kernel counted for the sockets of a port.
+    pub socket_counters: SocketCounters,
     /// How often the keeper had to start the data plane again.
     pub restarts: u32,
     started: Instant,
@@ -266,6 +270,7 @@ impl Control {
             flows: parts.flows,
             affinity: parts.affinity,
             ports: parts.ports,
+            socket_counters: parts.socket_counters,
             restarts: parts.restarts,
             started: Instant::now(),
             world: RwLock::new(World { state, compiler }),
@@ -277,7 +282,7 @@ impl Control {
             .map_err(ControlError::Restore)?;
         let (jobs, waiting) = crossbeam::channel::unbounded::<Job>();
         let outbox = Arc::new(Outbox::new()?);
-        let desk = Desk::new(shared, jobs, parts.flow_worker, parts.affinity_worker, parts.port_counters);
+        let desk = Desk::new(shared, jobs, parts.flow_worker, parts.affinity_worker);
         let limits = Limits {
             clients: gateway.control.max_clients as usize,
             staging_bytes: gateway.control.staging_bytes as usize,

@@ -20,6 +20,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::stats::Counters;
 use crate::tables::{Fib, Tables};
+use crate::worker::frames::Frames;
 
 /// What one worker and the control threads share. The worker writes everything but the wake-up.
 #[derive(Debug)]
@@ -29,6 +30,7 @@ pub struct WorkerLink {
     heartbeat_ns: CachePadded<AtomicU64>,
     asleep: AtomicBool,
     counters: Counters,
+    frames: CachePadded<Frames>,
     wake: OwnedFd,
 }
 
@@ -40,6 +42,7 @@ impl WorkerLink {
             heartbeat_ns: CachePadded::new(AtomicU64::new(0)),
             asleep: AtomicBool::new(false),
             counters: Counters::default(),
+            frames: CachePadded::default(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
     }
@@ -52,6 +55,11 @@ impl WorkerLink {
     /// The worker's counters; only the worker itself adds to them.
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// Where the worker's frames were when it last told.
+    pub fn frames(&self) -> &Frames {
+        &self.frames
     }
 
     /// Worker: every frame rewritten under an older generation has left, from now on only `generation` shows.

@@ -7,7 +7,9 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use config::control::{Count, Get, Item, Kind, Noun, ObjectRef, Reply, Request, Stats, Status, VERSION};
+use config::control::{
+    Count, Drops, Get, Item, Kind, Noun, ObjectRef, Reply, Request, Stats, Status, VERSION,
+};
 use config::fault::{Code, Fault};
 use config::packet::{PacketSpec, Protocol};
 use crossbeam::channel::Sender;
@@ -19,7 +21,7 @@ use super::flow::{Filter, ServiceNames, Walk, service_names};
 use super::health::{monotonic_ns, monotonic_s};
 use super::socket::{Answer, Backend, Dump, Ticket, Transaction};
 use super::state::{Entry, State};
-use super::{PortCounters, Shared, World};
+use super::{Shared, World};
 use crate::addr::protocol;
 use crate::explain::{Explainer, View};
 use crate::stats::{Counter, sum};
@@ -41,7 +43,6 @@ pub struct Desk {
     jobs: Sender<Job>,
     tracer: Arc<Mutex<Tracer>>,
     names: Mutex<(u64, ServiceNames)>,
-    port_counters: PortCounters,
 }
 
 /// What traces need; one at a time.
@@ -58,13 +59,12 @@ impl Desk {
         jobs: Sender<Job>,
         mut flow_worker: FlowWorker,
         mut affinity_worker: FlowWorker,
-        port_counters: PortCounters,
     ) -> Desk {
         // Between traces they must not hold up the reuse of records.
         shared.flows.offline(&mut flow_worker);
         shared.affinity.offline(&mut affinity_worker);
         let tracer = Tracer { explainer: Explainer::new(), flow_worker, affinity_worker };
-        Desk { shared, jobs, tracer: Arc::new(Mutex::new(tracer)), names: Mutex::default(), port_counters }
+        Desk { shared, jobs, tracer: Arc::new(Mutex::new(tracer)), names: Mutex::default() }
     }
 
     /// Names of service ports, made again for each generation that they are asked in.
@@ -95,7 +95,7 @@ impl Desk {
             }
             Noun::Routes => list(shared.route_rows().into_iter().map(Item::Route)),
             Noun::Neighbors => list(shared.neighbor_rows().into_iter().map(Item::Neighbor)),
-            Noun::Ports => list(shared.port_rows(&self.port_counters).into_iter().map(Item::Port)),
+            Noun::Ports => list(shared.port_rows().into_iter().map(Item::Port)),
             Noun::Workers => list(shared.worker_rows(monotonic_ns()).into_iter().map(Item::Worker)),
             Noun::Dns => look(shared, |world, _| {
                 let rows = dns::names(&world.state, dns::CLUSTER_DOMAIN);
@@ -115,6 +115,7 @@ impl Desk {
             uptime_ms: shared.started.elapsed().as_millis() as u64,
             totals,
             drops: self.drops(),
+            rings: shared.ring_losses(),
             workers: shared.worker_rows(monotonic_ns()),
             flows: shared.flows.len() as u64,
         }
@@ -158,7 +159,10 @@ impl Backend for Desk {
             }
             Request::Status => look(&self.shared, |world, shared| status(world, shared).into()),
             Request::Stats => Reply::Stats(self.stats()).into(),
-            Request::Drops => Reply::Drops { reasons: self.drops() }.into(),
+            Request::Drops => {
+                let drops = Drops { reasons: self.drops(), rings: self.shared.ring_losses() };
+                Reply::Drops(drops).into()
+            }
             Request::Flows { filter, limit } => walk(
                 self.walk(&filter)
                     .map(|walk| Box::new(walk.rows(limit.unwrap_or(u64::MAX), monotonic_s())) as Dump),
@@ -303,7 +307,7 @@ fn status(world: &World, shared: &Shared) -> Reply {
         flows: shared.flows.len() as u64,
         flows_embryonic: shared.flows.embryonic_len() as u64,
         flows_capacity: shared.flows.capacity() as u64,
-        ports: shared.port_rows(|_| Default::default()),
+        ports: shared.port_rows(),
         problems: shared.problems(),
     }))
 }

@@ -3,18 +3,17 @@
 //! Tables and routes come first, workers last: the packets that came meanwhile wait in the receive rings, and none is
 //! judged by empty tables.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use af_xdp::{FramePool, Umem};
+use af_xdp::{FramePool, Statistics, Umem};
 use anyhow::{Context, Result};
 use config::gateway::Gateway;
 use rustix::process::Pid;
@@ -63,7 +62,7 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
     };
     let flows = Arc::new(open_flows(&manifest)?);
     let affinity = Arc::new(open_affinity(&manifest)?);
-    let queues = inherit_queues(&manifest)?;
+    let (queues, sockets) = inherit_queues(&manifest)?;
     let punts = inherit_punts(&manifest)?;
 
     let keeper_pid = Pid::from_raw(manifest.keeper_pid as i32).context("the keeper's process id")?;
@@ -92,7 +91,7 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
             }
         }),
         ports: port_infos(&manifest, &queues),
-        port_counters: Box::new(|_| BTreeMap::new()),
+        socket_counters: Box::new(move |port| sum_of_statistics(&sockets[port])),
         restarts: manifest.restarts,
     })?;
 
@@ -218,14 +217,24 @@ fn open_region(file: File, config: FlowMapConfig, what: &str) -> Result<FlowMap>
     Ok(map)
 }
 
-/// Maps packet memories and rings again, and finds the frames of the process before. By worker.
-fn inherit_queues(manifest: &Manifest) -> Result<Vec<(Vec<XskPort>, FramePool)>> {
+/// Queues of the ports and free frames, by worker.
+type Queues = Vec<(Vec<XskPort>, FramePool)>;
+
+/// Maps packet memories and rings again, and finds the frames of the process before. By worker. With it a second descriptor
+/// of each socket, by port, to read its counters by.
+fn inherit_queues(manifest: &Manifest) -> Result<(Queues, Vec<Vec<OwnedFd>>)> {
     let config = socket_config(&manifest.gateway);
     let mut queues = Vec::new();
+    let mut seconds: Vec<Vec<OwnedFd>> = manifest.ports.iter().map(|_| Vec::new()).collect();
     for (worker, umem) in manifest.umems.iter().enumerate() {
         let umem = Umem::inherit(umem.take()?)?;
-        let sockets = manifest.ports.iter().map(|port| Ok((port.sockets[worker].take()?, port.attached)));
-        let (ports, pool, recovered) = take_over(umem, sockets.collect::<Result<_>>()?, &config)?;
+        let mut sockets = Vec::new();
+        for (port, seconds) in manifest.ports.iter().zip(&mut seconds) {
+            let socket = port.sockets[worker].take()?;
+            seconds.push(socket.try_clone()?);
+            sockets.push((socket, port.attached));
+        }
+        let (ports, pool, recovered) = take_over(umem, sockets, &config)?;
         info!(
             worker,
             again = recovered.again,
@@ -238,7 +247,13 @@ fn inherit_queues(manifest: &Manifest) -> Result<Vec<(Vec<XskPort>, FramePool)>>
         );
         queues.push((ports, pool));
     }
-    Ok(queues)
+    Ok((queues, seconds))
+}
+
+/// What the kernel counted for all queues of a port.
+fn sum_of_statistics(sockets: &[OwnedFd]) -> Statistics {
+    let each = sockets.iter().map(|socket| Statistics::of(socket).unwrap_or_default());
+    each.fold(Statistics::default(), |sum, one| sum + one)
 }
 
 /// The ways back to the kernel, by worker and port. Workers share a TAP; each has a descriptor of its own.

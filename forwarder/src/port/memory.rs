@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 
-use super::{Burst, Frame, FramePool, Kick, Mode, Port, Statistics};
+use super::{Burst, Frame, FramePool, Kick, Mode, Port, QueueAccount, QueueFrames};
 
 /// A port whose wire is two queues of byte vectors.
 #[derive(Debug, Default)]
@@ -30,6 +30,11 @@ impl MemoryPort {
     /// The oldest packet that was sent and not looked at yet.
     pub fn sent(&mut self) -> Option<Vec<u8>> {
         self.outgoing.pop_front()
+    }
+
+    /// Packets that came in and found no free frame.
+    pub fn dropped(&self) -> u64 {
+        self.rx_dropped
     }
 
     /// Lets the port take `packets` more and then none, as a full ring does; `None`: no limit.
@@ -125,12 +130,9 @@ impl Port for MemoryPort {
         None
     }
 
-    fn statistics(&self) -> Statistics {
-        Statistics {
-            in_flight: self.sent.len() as u64,
-            kernel: af_xdp::Statistics { rx_dropped: self.rx_dropped, ..Default::default() },
-            ..Default::default()
-        }
+    fn account(&mut self) -> QueueAccount {
+        let frames = QueueFrames { completion: self.sent.len() as u32, ..QueueFrames::default() };
+        QueueAccount { frames, ..QueueAccount::default() }
     }
 }
 
@@ -168,7 +170,7 @@ mod tests {
         port.deliver(*b"fits");
         let mut burst = Burst::default();
         assert_eq!(port.rx_burst(&mut pool, &mut burst, 64), 1);
-        assert_eq!(port.statistics().kernel.rx_dropped, 1);
+        assert_eq!(port.dropped(), 1);
         assert_eq!(burst.heads[0].data(), b"fits");
     }
 }

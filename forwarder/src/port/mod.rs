@@ -22,7 +22,7 @@
 
 use std::os::fd::BorrowedFd;
 
-pub use af_xdp::{Burst, Frame, FramePool, Kick, Tail};
+pub use af_xdp::{Burst, Frame, FramePool, Kick, QueueFrames, Refused, Tail};
 
 pub mod memory;
 pub mod pcap;
@@ -62,8 +62,8 @@ pub trait Port {
     /// What to poll(2) for `POLLIN` while there is nothing to do; `None`: the port never has to be waited for.
     fn poll_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Counters of the port's queue. A system call on AF_XDP: for the statistics page, not for each burst.
-    fn statistics(&self) -> Statistics;
+    /// Where the frames of the queue are and what it refused. No system call. Between bursts, every few milliseconds.
+    fn account(&mut self) -> QueueAccount;
 }
 
 /// How packets are exchanged with the driver, best first.
@@ -97,37 +97,14 @@ impl std::fmt::Display for Mode {
     }
 }
 
-/// What happened to a queue of a port beside the packets that the worker saw.
+/// What a queue of a port knows of itself beside the packets that the worker saw. What the kernel counted for its socket
+/// is read by the control thread instead: [`af_xdp::Statistics`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Statistics {
-    /// Frames that the kernel has for packets to come.
-    pub in_kernel: u64,
-    /// Frames that were sent and are not free yet.
-    pub in_flight: u64,
-    /// `XDP_STATISTICS`.
-    pub kernel: af_xdp::Statistics,
+pub struct QueueAccount {
+    /// Frames that are neither free nor the worker's.
+    pub frames: QueueFrames,
     /// Descriptors that made no sense.
-    pub refused: af_xdp::Refused,
-    /// Packets that the device dropped on their way out.
+    pub refused: Refused,
+    /// Packets that the device dropped on their way out, at least.
     pub lost_sends: u64,
-}
-
-impl Statistics {
-    /// Every counter with its name in statistics, in order. All but `in_kernel` and `in_flight` mean loss.
-    pub fn counters(&self) -> [(&'static str, u64); 12] {
-        [
-            ("in_kernel", self.in_kernel),
-            ("in_flight", self.in_flight),
-            ("rx_dropped", self.kernel.rx_dropped),
-            ("rx_invalid_descs", self.kernel.rx_invalid_descs),
-            ("tx_invalid_descs", self.kernel.tx_invalid_descs),
-            ("rx_ring_full", self.kernel.rx_ring_full),
-            ("rx_fill_ring_empty_descs", self.kernel.rx_fill_ring_empty_descs),
-            ("tx_ring_empty_descs", self.kernel.tx_ring_empty_descs),
-            ("rx_refused", self.refused.rx),
-            ("completions_refused", self.refused.completions),
-            ("tx_empty", self.refused.tx_empty),
-            ("lost_sends", self.lost_sends),
-        ]
-    }
 }

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
 
 use super::memory::{copy_in, copy_out};
-use super::{Burst, Frame, FramePool, Kick, Mode, Port, Statistics};
+use super::{Burst, Frame, FramePool, Kick, Mode, Port, QueueAccount, QueueFrames};
 
 const MAGIC_US: u32 = 0xa1b2_c3d4;
 const MAGIC_NS: u32 = 0xa1b2_3c4d;
@@ -266,8 +266,9 @@ impl<R: Read, W: Write> Port for PcapPort<R, W> {
         None
     }
 
-    fn statistics(&self) -> Statistics {
-        Statistics { in_flight: self.sent.len() as u64, ..Default::default() }
+    fn account(&mut self) -> QueueAccount {
+        let frames = QueueFrames { completion: self.sent.len() as u32, ..QueueFrames::default() };
+        QueueAccount { frames, ..QueueAccount::default() }
     }
 }
 

@@ -49,6 +49,11 @@ impl Holding {
         self.waiting.len()
     }
 
+    /// Frames that they lie in.
+    pub fn frames(&self) -> usize {
+        self.waiting.iter().map(|held| 1 + held.tails.len()).sum()
+    }
+
     /// True if none does.
     pub fn is_empty(&self) -> bool {
         self.waiting.is_empty()

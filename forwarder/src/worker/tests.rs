@@ -126,7 +126,25 @@ impl Rig {
         let waiting = self.running.holding.len();
         assert_eq!(self.count(Counter::rx_packets), ended + reasons - answers + waiting as u64);
         assert_eq!(self.running.rings.pool.len() + waiting, FRAMES);
+        self.running.account();
+        let frames = self.running.link.frames();
+        assert_eq!((frames.total(), frames.held(), frames.missing()), (FRAMES as u64, waiting as u64, 0));
     }
+}
+
+#[test]
+fn a_frame_that_is_lost_is_missed() {
+    let mut rig = Rig::new();
+    rig.round();
+    assert_eq!(rig.running.link.frames().missing(), 0);
+    let lost = rig.running.rings.pool.pop();
+    rig.now_ns += 5_000_000;
+    rig.round();
+    assert_eq!(rig.running.link.frames().missing(), 0, "it is told every few milliseconds, not every round");
+    rig.now_ns += 5_000_000;
+    rig.round();
+    assert_eq!(rig.running.link.frames().missing(), 1);
+    drop(lost);
 }
 
 #[test]

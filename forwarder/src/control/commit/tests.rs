@@ -119,7 +119,7 @@ impl Rig {
             steer: Box::new(steer.clone()),
             routes: Box::new(|_| {}),
             ports: vec![PortInfo { mode: "copy".into(), queues: 1, partial_checksums: true }; 2],
-            port_counters: Box::new(|_| Default::default()),
+            socket_counters: Box::new(|_| Default::default()),
             restarts: 0,
         })
         .unwrap();
@@ -559,7 +559,7 @@ fn questions_are_answered() {
         }
         other => panic!("{other:?}"),
     }
-    assert!(matches!(talk.ask("\"drops\""), Reply::Drops { reasons } if reasons.len() > 30));
+    assert!(matches!(talk.ask("\"drops\""), Reply::Drops(drops) if drops.reasons.len() > 30));
     assert_eq!(talk.list("{\"get\":{\"what\":\"ports\"}}").len(), 2);
     assert_eq!(talk.list("{\"get\":{\"what\":\"workers\"}}").len(), 1);
     assert!(talk.list("{\"get\":{\"what\":\"routes\"}}").is_empty());

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use af_xdp::{Burst, FramePool, Kick, OpenError, Recovered, Socket, SocketConfig, Umem, recover_frames};
 
 use super::steer::AttachMode;
-use crate::port::{Mode, Port, Statistics};
+use crate::port::{Mode, Port, QueueAccount};
 
 /// One worker's queue of an AF_XDP port.
 pub struct XskPort {
@@ -110,11 +110,9 @@ impl Port for XskPort {
         Some(self.socket.as_fd())
     }
 
-    fn statistics(&self) -> Statistics {
-        Statistics {
-            in_kernel: self.socket.in_kernel().into(),
-            in_flight: self.socket.in_flight().into(),
-            kernel: self.socket.statistics().unwrap_or_default(),
+    fn account(&mut self) -> QueueAccount {
+        QueueAccount {
+            frames: self.socket.frames(),
             refused: self.socket.refused(),
             lost_sends: self.socket.lost_sends(),
         }
