@@ -50,6 +50,28 @@ fn the_pipeline_does_what_linux_does() {
     assert!(failed == 0, "{failed} differences from Linux:\n\n{failures}");
 }
 
+/// VLAN tags change nothing else, and leave as they came (IEEE 802.1Q, 802.1ad).
+#[test]
+fn tagged_packets_leave_with_their_tags() {
+    let outer_and_inner = [0x88, 0xa8, 0x00, 0x64, 0x81, 0x00, 0x20, 0x2a];
+    for tags in [&outer_and_inner[4..], &outer_and_inner[..]] {
+        let (mut untagged, mut pure) = (Pure::golden().unwrap(), Pure::golden().unwrap());
+        for case in Case::all().unwrap() {
+            let tagged = pure.play(&case.tagged(tags));
+            for (number, (plain, tagged)) in untagged.play(&case).iter().zip(&tagged).enumerate() {
+                let at = || format!("{} step {} with tags {tags:02x?}", case.name, number + 1);
+                assert_eq!(plain.verdict, tagged.verdict, "{}", at());
+                let frame = |outcome: &Outcome| outcome.emitted.as_ref().map(|out| out.frame.clone());
+                let with_tags = frame(plain).map(|mut frame| {
+                    frame.splice(12..12, tags.iter().copied());
+                    frame
+                });
+                assert_eq!(with_tags, frame(tagged), "{}", at());
+            }
+        }
+    }
+}
+
 /// Punting may not hide anything: only cases that name the kernel's work may be punted.
 #[test]
 fn only_what_is_the_kernels_work_is_punted() {

@@ -40,6 +40,7 @@ class Family:
         self.own = "10.1.0.1" if four else "fd00:1::1"
         self.own_inside = "10.2.0.1" if four else "fd00:2::1"
         self.node1 = "10.2.0.11" if four else "fd00:2::11"
+        self.router_inside = "10.2.0.99" if four else "fd00:2::99"  # neither node nor pod: in no table of ours
         self.ethertype = 0x0800 if four else 0x86DD
 
     def vip(self, n):
@@ -522,7 +523,104 @@ def only_six():
     case("dst-loopback-6", "A loopback destination from the wire.", outside(udp(f, dst="::1")))
 
 
+def errors_on_the_way(f, v):
+    """ICMP errors of routers, which no object names. Last, so that the ports of the cases before stay what they were."""
+    pod = f.pod(1, 10)
+    for kind, words in (("ttl", "time-exceeded"), ("host", "host-unreachable"), ("big", "too-big")):
+        sport = fresh()
+        data = dict(sport=sport, seq=5, ack=5, payload=b"x" * 200)
+        case(
+            f"icmp-{words}-from-inside-router-{v}",
+            "A router on the way to the pod, which is neither node nor pod: the client must hear it in its own words.",
+            outside(tcp(f, "PA", **data)),
+            inside(icmp_error(f, kind, f.router_inside, f.client, aged(tcp(f, "PA", dst=pod, dport=8080, **data)), mtu=1280 if kind == "big" else 0)),
+        )
+    sport = fresh()
+    reply = dict(src=pod, dst=f.client, sport=5353, dport=sport)
+    case(
+        f"icmp-time-exceeded-from-outside-router-{v}",
+        "The pod's answer ends at a router on the way to the client: the pod must hear it in its own words.",
+        outside(udp(f, sport=sport)),
+        inside(udp(f, **reply)),
+        outside(icmp_error(f, "ttl", f.router, f.vip(10), aged(udp(f, src=f.vip(10), dst=f.client, sport=53, dport=sport))), src=ROUTER_MAC),
+    )
+    sport = fresh()
+    case(
+        f"icmp-masqueraded-from-inside-router-{v}",
+        "The same about a masqueraded packet: it comes to the gateway's own address.",
+        outside(udp(f, dst=f.vip(20), sport=sport)),
+        inside(icmp_error(f, "ttl", f.router_inside, f.own_inside, aged(udp(f, src=f.own_inside, dst=f.pod(2, 20), sport=sport, dport=5353))), src=NODE2_MAC),
+    )
+    sport = fresh()
+    at_pod = aged(with_options(udp(f, dst=pod, sport=sport, dport=5353)))
+    case(
+        f"icmp-behind-options-{v}",
+        "IPv4 options or IPv6 destination options in the error and in the packet that it quotes.",
+        outside(with_options(udp(f, sport=sport))),
+        inside(with_options(icmp_error(f, "ttl", f.router_inside, f.client, at_pod))),
+    )
+    sport = fresh()
+    case(
+        f"icmp-about-routed-{v}",
+        "An error about a packet that was routed to a pod's own address is routed back.",
+        outside(udp(f, dst=f.pod(2, 99), sport=sport)),
+        inside(icmp_error(f, "ttl", f.router_inside, f.client, aged(udp(f, dst=f.pod(2, 99), sport=sport))), src=NODE2_MAC),
+    )
+    sport = fresh()
+    case(
+        f"icmp-about-routed-out-{v}",
+        "An error about a pod's packet on its way out is routed back.",
+        inside(udp(f, src=f.pod(2, 99), dst=f.remote, sport=sport), src=NODE2_MAC),
+        outside(icmp_error(f, "ttl", f.router, f.pod(2, 99), aged(udp(f, src=f.pod(2, 99), dst=f.remote, sport=sport))), src=ROUTER_MAC),
+    )
+    case(
+        f"icmp-about-nothing-{v}",
+        "An error about a packet to a pod that was never seen: Linux drops it, Towpath knows only what it translates.",
+        inside(icmp_error(f, "ttl", f.router_inside, f.client, udp(f, dst=pod, sport=fresh(), dport=5353))),
+        ledger="untracked-error",
+    )
+    sport = fresh()
+    case(
+        f"icmp-made-up-{v}",
+        "An error that does not go to who sent the packet that it quotes goes nowhere.",
+        outside(udp(f, sport=sport)),
+        inside(icmp_error(f, "ttl", f.router_inside, f.remote, aged(udp(f, dst=pod, sport=sport, dport=5353)))),
+    )
+    if f.v == 4:
+        for name, about, message in (
+            ("redirect", "A better way to the pod is none for the client, who knows of no pod.", ICMP(type=5, code=1, gw=f.router_inside)),
+            ("quench", "Source quench, which nobody heeds any more (RFC 6633), is an error like the others.", ICMP(type=4)),
+        ):
+            sport = fresh()
+            quoted = bytes(aged(udp(f, dst=pod, sport=sport, dport=5353)))
+            case(
+                f"icmp-{name}-4",
+                about,
+                outside(udp(f, sport=sport)),
+                inside(f.ip(f.node1, f.client) / message / Raw(quoted)),
+            )
+
+
+def with_options(packet):
+    """The packet with 8 bytes of options that ask for nothing behind its IP header."""
+    packet = packet.copy()
+    if IP in packet:
+        header = packet[IP]
+        header.options = [IPOption_NOP()] * 8
+        del header.ihl, header.len, header.chksum
+    else:
+        header = packet[IPv6]
+        upper, number = header.payload, bytes(header)[6]
+        header.remove_payload()
+        header.nh = 60
+        del header.plen
+        packet = header / IPv6ExtHdrDestOpt(nh=number, options=[PadN(optdata=bytes(4))]) / upper
+    return packet.__class__(bytes(packet))
+
+
 services(FOUR, 4)
 services(SIX, 6)
 only_four()
 only_six()
+errors_on_the_way(FOUR, 4)
+errors_on_the_way(SIX, 6)

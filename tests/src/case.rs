@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! # UDP to a Service: destination translated, TTL one less.
-//! ledger fragments                 (only where Towpath differs on purpose, see tests/golden/ledger.md)
+//! ledger fragments                 (only where Towpath differs on purpose, see ledger.rs)
 //! in outside
 //!   | ethernet 02:00:00:00:00:02 > 02:00:00:00:00:01      (for the reader; the hex counts)
 //!   020000000001 ...
@@ -35,6 +35,14 @@ impl Side {
         match self {
             Side::Outside => "outside",
             Side::Inside => "inside",
+        }
+    }
+
+    /// The other port.
+    pub const fn other(self) -> Side {
+        match self {
+            Side::Outside => Side::Inside,
+            Side::Inside => Side::Outside,
         }
     }
 
@@ -102,6 +110,19 @@ impl Case {
         paths.retain(|path| path.extension().is_some_and(|ending| ending == "case"));
         paths.sort();
         paths.iter().map(|path| Case::read(path)).collect()
+    }
+
+    /// The same case with `tags`, VLAN tags of four bytes each, in every frame that comes in and leaves.
+    pub fn tagged(&self, tags: &[u8]) -> Case {
+        let mut case = self.clone();
+        for step in &mut case.steps {
+            for frame in
+                std::iter::once(&mut step.frame).chain(step.expected.iter_mut().map(|out| &mut out.frame))
+            {
+                frame.splice(12..12, tags.iter().copied());
+            }
+        }
+        case
     }
 
     fn parse(name: String, text: &str) -> Result<Case> {
@@ -211,6 +232,14 @@ mod tests {
         assert_eq!(again.text(), case.text());
         assert_eq!(again.steps[0].frame, case.steps[0].frame);
         assert_eq!(again.steps[0].expected, case.steps[0].expected);
+    }
+
+    #[test]
+    fn tags_stand_before_the_ethertype_of_every_frame() {
+        let text = "# x\nin outside\n  02000000 00010200 00000002 0800abcd\nout inside\n  02000000 00020200 00000001 080045\n";
+        let case = Case::parse("x".into(), text).unwrap().tagged(&[0x81, 0, 0, 5]);
+        assert_eq!(case.steps[0].frame[10..], [0, 2, 0x81, 0, 0, 5, 8, 0, 0xab, 0xcd]);
+        assert_eq!(case.steps[0].expected[0].frame[10..], [0, 1, 0x81, 0, 0, 5, 8, 0, 0x45]);
     }
 
     #[test]

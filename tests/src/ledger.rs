@@ -26,6 +26,8 @@ enum Rule {
     SilentOrAnswer,
     /// The packet is forwarded, its checksum as wrong as it came.
     StaysWrong,
+    /// The packet is routed: it leaves by the other port, one hop older and otherwise as it came.
+    Routed,
     /// The kernel does it; should the packet get as far as the pipeline, that must not do anything else.
     Kernel,
 }
@@ -60,6 +62,12 @@ pub const ENTRIES: &[Entry] = &[
         about: "Linux translates UDP over IPv6 without a checksum; Towpath drops it (RFC 8200 section 8.1), for nothing would \
                 show that its addresses were damaged.",
         rule: Rule::Silent,
+    },
+    Entry {
+        name: "untracked-error",
+        about: "Linux tracks what it merely routes, too, and drops an ICMP error about a packet that it never saw; Towpath keeps no \
+                state of such packets, and routes errors about them, so that path MTU discovery works for them.",
+        rule: Rule::Routed,
     },
     Entry {
         name: "kernel-path",
@@ -117,10 +125,39 @@ pub fn judge(entry: &str, case: &Case, emitted: &[Vec<Emitted>]) -> Judgement {
                     return wrong("one packet with a wrong checksum must leave");
                 }
             }
+            Rule::Routed => {
+                let routed = |out: &Emitted| {
+                    out.side != step.side
+                        && without_hop(&decode(&out.frame, out.strictness))
+                            == without_hop(&decode(&step.frame, out.strictness))
+                };
+                if got.len() != 1 || !routed(&got[0]) {
+                    return wrong("the packet must leave as it came");
+                }
+            }
             Rule::Silent | Rule::Kernel | Rule::SilentOrAnswer => {}
         }
     }
     Judgement::Meant
+}
+
+/// The lines of a frame without what changes with every hop: link-layer addresses and the first TTL.
+fn without_hop(lines: &[String]) -> Vec<String> {
+    let mut lines = lines.to_vec();
+    lines.retain(|line| !line.starts_with("ethernet "));
+    if let Some(ip) = lines.iter_mut().find(|line| line.starts_with("ipv4 ") || line.starts_with("ipv6 ")) {
+        let words = ip.split(' ').collect::<Vec<_>>();
+        let ttl =
+            words.iter().position(|word| matches!(*word, "ttl" | "hops")).map_or(words.len(), |at| at + 1);
+        *ip = words
+            .iter()
+            .enumerate()
+            .filter(|(at, _)| *at != ttl)
+            .map(|(_, word)| *word)
+            .collect::<Vec<_>>()
+            .join(" ");
+    }
+    lines
 }
 
 /// True if both say the same on the wire, as closely as [`crate::decode::Strictness`] of what was recorded asks for.

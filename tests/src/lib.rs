@@ -10,6 +10,7 @@ pub mod frames;
 pub mod gateway;
 pub mod ledger;
 pub mod length;
+pub mod marker;
 pub mod namespace;
 pub mod oracle;
 pub mod probe;

@@ -35,8 +35,8 @@ impl Oracle {
         Ok(Oracle { twin })
     }
 
-    /// What the kernel makes of a case. `quiet`: how long to wait for what is not expected.
-    pub fn play(&self, case: &Case, quiet: Duration) -> Result<Vec<Vec<Emitted>>> {
-        self.twin.play(case, quiet)
+    /// What the kernel makes of a case; see [`Twin::play`].
+    pub fn play(&mut self, case: &Case, linger: Duration) -> Result<Vec<Vec<Emitted>>> {
+        self.twin.play(case, linger)
     }
 }

@@ -9,12 +9,13 @@
 //! case. The kernel's gateway and Towpath's are the same in every address, which is what lets their output be compared byte
 //! for byte.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::case::{Case, Emitted, Side};
 use crate::decode::Strictness;
+use crate::marker::{marker, number};
 use crate::namespace::{Namespace, veth};
 use crate::wire::Wire;
 
@@ -53,8 +54,10 @@ pub const ROUTES: &[(&str, &str, Option<u16>)] = &[
     ("fd00:244:3::/64", "fd00:2::13", Some(1280)),
 ];
 
-/// How long a frame that should come may take on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a marker may take on a busy machine. Nothing waits as long unless a gateway is broken.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How much longer than the markers a frame may take that was recorded: by the TAP and the kernel, for one.
+const LATE: Duration = Duration::from_millis(500);
 
 /// A gateway in a namespace and the wires to it.
 #[derive(Debug)]
@@ -65,6 +68,8 @@ pub struct Twin {
     pub far: Namespace,
     outside: Wire,
     inside: Wire,
+    /// Markers sent so far.
+    markers: u64,
 }
 
 impl Twin {
@@ -105,29 +110,78 @@ impl Twin {
             gateway.ip(&format!("route add {prefix} via {via} {mtu}"))?;
         }
         let (outside, inside) = (Wire::open(&far, "w0")?, Wire::open(&far, "w1")?);
-        let twin = Twin { gateway, far, outside, inside };
-        // Reports of multicast groups and the like come right after the links are up.
-        while twin.next(Duration::from_millis(20))?.is_some() {}
-        Ok(twin)
+        Ok(Twin { gateway, far, outside, inside, markers: 0 })
+    }
+
+    /// Waits until the gateway forwards, and forgets what it has sent so far.
+    pub fn wait_until_it_forwards(&mut self) -> Result<()> {
+        let start = Instant::now();
+        while !self.passes(Side::Outside, Duration::from_millis(200), &mut Vec::new())?
+            || !self.passes(Side::Inside, Duration::from_millis(200), &mut Vec::new())?
+        {
+            ensure!(start.elapsed() < PATIENCE, "the gateway forwards nothing");
+        }
+        Ok(())
     }
 
     /// Plays the frames of a case, each to its end, and returns what left the gateway for each.
     ///
-    /// Waits `quiet` for frames that nobody expects, and longer for as many as were recorded.
-    pub fn play(&self, case: &Case, quiet: Duration) -> Result<Vec<Vec<Emitted>>> {
+    /// Listens until markers behind the frame have come out on both sides, then `linger`, and a moment for what was recorded and
+    /// is still missing. A frame that comes even later counts for the next one.
+    pub fn play(&mut self, case: &Case, linger: Duration) -> Result<Vec<Vec<Emitted>>> {
         let mut all = Vec::new();
         for step in &case.steps {
             self.wire(step.side).send(&step.frame)?;
-            let mut emitted = Vec::new();
-            loop {
-                let patience = if emitted.len() < step.expected.len() { PATIENCE } else { quiet };
-                let Some((side, frame)) = self.next(patience)? else { break };
-                let strictness = strictness(step.side, &step.frame, side, &frame);
-                emitted.push(Emitted { side, frame, strictness });
+            let mut frames = Vec::new();
+            // One way first: its marker tells that the frame was judged. Only then is a marker the other way behind its outcome.
+            for side in [step.side, step.side.other()] {
+                let passes = self.passes(side, PATIENCE, &mut frames)?;
+                ensure!(passes, "{}: the gateway does not forward any more", case.name);
             }
-            all.push(emitted);
+            self.listen(Instant::now() + linger, usize::MAX, &mut frames)?;
+            self.listen(Instant::now() + LATE, step.expected.len(), &mut frames)?;
+            all.push(
+                frames
+                    .into_iter()
+                    .map(|(side, frame)| {
+                        let strictness = strictness(step.side, &step.frame, side, &frame);
+                        Emitted { side, frame, strictness }
+                    })
+                    .collect(),
+            );
         }
         Ok(all)
+    }
+
+    /// What still comes, though no frame is under way.
+    pub fn leftovers(&self) -> Result<Vec<(Side, Vec<u8>)>> {
+        let mut frames = Vec::new();
+        self.listen(Instant::now() + LATE, usize::MAX, &mut frames)?;
+        Ok(frames)
+    }
+
+    /// Sends a marker in by `side` and collects what leaves until it has come out; false if it does not within `patience`.
+    fn passes(&mut self, side: Side, patience: Duration, frames: &mut Vec<(Side, Vec<u8>)>) -> Result<bool> {
+        self.markers += 1;
+        self.wire(side).send(&marker(side, self.markers)?)?;
+        let deadline = Instant::now() + patience;
+        while let Some((side, frame)) = self.next(deadline)? {
+            match number(&frame) {
+                Some(number) if number == self.markers => return Ok(true),
+                Some(_) => {}
+                None => frames.push((side, frame)),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Collects what leaves until `deadline`, or until there are `enough` frames.
+    fn listen(&self, deadline: Instant, enough: usize, frames: &mut Vec<(Side, Vec<u8>)>) -> Result<()> {
+        while frames.len() < enough {
+            let Some(frame) = self.next(deadline)? else { break };
+            frames.push(frame);
+        }
+        Ok(())
     }
 
     fn wire(&self, side: Side) -> &Wire {
@@ -138,18 +192,16 @@ impl Twin {
     }
 
     /// The next frame on either wire.
-    fn next(&self, patience: Duration) -> Result<Option<(Side, Vec<u8>)>> {
-        let deadline = std::time::Instant::now() + patience;
+    fn next(&self, deadline: Instant) -> Result<Option<(Side, Vec<u8>)>> {
         loop {
             for side in [Side::Outside, Side::Inside] {
                 if let Some(frame) = self.wire(side).receive(Duration::ZERO)? {
                     return Ok(Some((side, frame)));
                 }
             }
-            if std::time::Instant::now() >= deadline {
+            if !Wire::wait(&[&self.outside, &self.inside], deadline)? {
                 return Ok(None);
             }
-            std::thread::sleep(Duration::from_micros(300));
         }
     }
 }
@@ -158,13 +210,18 @@ impl Twin {
 /// reply. (A hairpin goes back by the same port too, but is none of these.)
 pub fn strictness(from: Side, frame: &[u8], to: Side, emitted: &[u8]) -> Strictness {
     let back = from == to && frame.len() >= 12 && emitted.len() >= 14 && emitted[0..6] == frame[6..12];
-    let made_here = match emitted.get(12..14) {
-        Some([0x08, 0x00]) => match (emitted.get(23), emitted.get(34), emitted.get(47)) {
+    // Behind VLAN tags, if there are any.
+    let mut packet = emitted.get(12..).unwrap_or_default();
+    while let [0x81, 0x00, _, _, rest @ ..] | [0x88, 0xa8, _, _, rest @ ..] = packet {
+        packet = rest;
+    }
+    let made_here = match packet.get(..2) {
+        Some([0x08, 0x00]) => match (packet.get(11), packet.get(22), packet.get(35)) {
             (Some(1), Some(kind), _) => matches!(kind, 0 | 3 | 11 | 12),
             (Some(6), _, Some(flags)) => flags & 4 != 0,
             _ => false,
         },
-        Some([0x86, 0xdd]) => match (emitted.get(20), emitted.get(54), emitted.get(67)) {
+        Some([0x86, 0xdd]) => match (packet.get(8), packet.get(42), packet.get(55)) {
             (Some(58), Some(kind), _) => matches!(kind, 1..=4 | 129),
             (Some(6), _, Some(flags)) => flags & 4 != 0,
             _ => false,

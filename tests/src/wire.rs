@@ -1,5 +1,6 @@
 //! One end of a veth pair, as bytes: frames in, frames out.
 
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -44,23 +45,30 @@ impl Wire {
     pub fn receive_into(&self, buffer: &mut [u8], patience: Duration) -> Result<Option<usize>> {
         let deadline = Instant::now() + patience;
         loop {
-            match rustix::io::read(&self.socket, &mut *buffer) {
+            match next_frame(&self.socket, buffer) {
                 Ok(length) if is_chatter(&buffer[..length]) => continue,
                 Ok(length) => return Ok(Some(length)),
-                Err(rustix::io::Errno::AGAIN) => {}
-                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error).context("frame not received"),
             }
-            let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
-            else {
+            if !Wire::wait(&[self], deadline)? {
                 return Ok(None);
-            };
+            }
+        }
+    }
+
+    /// Waits until one of the wires has something, chatter or not; false if none has by `deadline`.
+    pub fn wait(wires: &[&Wire], deadline: Instant) -> Result<bool> {
+        let mut fds: Vec<_> = wires.iter().map(|wire| PollFd::new(&wire.socket, PollFlags::IN)).collect();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
             let timeout =
                 rustix::time::Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-            let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
             match poll(&mut fds, Some(&timeout)) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error).context("poll on a packet socket"),
+                Ok(ready) => return Ok(ready > 0),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error).context("poll on packet sockets"),
             }
         }
     }
@@ -80,6 +88,39 @@ pub fn is_chatter(frame: &[u8]) -> bool {
     }
 }
 
+/// Receives one frame as it was on the wire: the kernel takes the outer VLAN tag off and tells it beside the frame
+/// (PACKET_AUXDATA, packet(7)).
+#[allow(unsafe_code)] // rustix has no ancillary data of packet sockets.
+fn next_frame(socket: &OwnedFd, buffer: &mut [u8]) -> std::io::Result<usize> {
+    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // Room for one `tpacket_auxdata` behind its header, aligned for both.
+    let mut ancillary = [0u64; 8];
+    // SAFETY: an all-zero msghdr is a valid value of it.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
+    (message.msg_control, message.msg_controllen) = (ancillary.as_mut_ptr().cast(), size_of_val(&ancillary));
+    // SAFETY: `message` refers to `part` and `ancillary`, which outlive the call, with their sizes.
+    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) };
+    let length = usize::try_from(received).map_err(|_| std::io::Error::last_os_error())?;
+    // SAFETY: the kernel has filled in `message`; a header that is not null lies in `ancillary` with all of its data.
+    let told = unsafe {
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        let is_told = !header.is_null()
+            && (*header).cmsg_level == libc::SOL_PACKET
+            && (*header).cmsg_type == libc::PACKET_AUXDATA;
+        is_told.then(|| libc::CMSG_DATA(header).cast::<libc::tpacket_auxdata>().read_unaligned())
+    };
+    match told {
+        Some(told) if told.tp_status & libc::TP_STATUS_VLAN_VALID != 0 && length + 4 <= buffer.len() => {
+            buffer.copy_within(12..length, 16);
+            buffer[12..14].copy_from_slice(&told.tp_vlan_tpid.to_be_bytes());
+            buffer[14..16].copy_from_slice(&told.tp_vlan_tci.to_be_bytes());
+            Ok(length + 4)
+        }
+        _ => Ok(length),
+    }
+}
+
 /// Opens a non-blocking AF_PACKET socket for every protocol on `interface`, in the namespace of this thread.
 #[allow(unsafe_code)] // rustix has no sockaddr_ll.
 fn packet_socket(interface: &str) -> Result<OwnedFd> {
@@ -95,19 +136,23 @@ fn packet_socket(interface: &str) -> Result<OwnedFd> {
     let index = rustix::net::netdevice::name_to_index(socket.as_fd(), interface)
         .with_context(|| format!("no interface {interface}"))?;
 
-    let yes: libc::c_int = 1;
-    // SAFETY: `yes` outlives the call and its size is given.
-    let ignored = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_PACKET,
-            libc::PACKET_IGNORE_OUTGOING,
-            (&raw const yes).cast(),
-            size_of_val(&yes) as libc::socklen_t,
-        )
-    };
-    if ignored != 0 {
-        return Err(std::io::Error::last_os_error()).context("PACKET_IGNORE_OUTGOING");
+    for (option, name) in
+        [(libc::PACKET_IGNORE_OUTGOING, "PACKET_IGNORE_OUTGOING"), (libc::PACKET_AUXDATA, "PACKET_AUXDATA")]
+    {
+        let yes: libc::c_int = 1;
+        // SAFETY: `yes` outlives the call and its size is given.
+        let set = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_PACKET,
+                option,
+                (&raw const yes).cast(),
+                size_of_val(&yes) as libc::socklen_t,
+            )
+        };
+        if set != 0 {
+            return Err(std::io::Error::last_os_error()).context(name);
+        }
     }
     // SAFETY: an all-zero sockaddr_ll is a valid value of it.
     let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };

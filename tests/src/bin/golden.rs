@@ -13,8 +13,8 @@ use tests::decode::unhex;
 use tests::ledger::same;
 use tests::oracle::Oracle;
 
-/// Long, since nothing says yet what is to be expected.
-const QUIET: Duration = Duration::from_millis(120);
+/// How long to listen after each frame, since nothing says yet what is to be expected.
+const LINGER: Duration = Duration::from_millis(120);
 
 /// A case as tests/golden/cases.py prints it, one JSON object a line.
 #[derive(Deserialize)]
@@ -46,7 +46,7 @@ fn seeds(to: &Path) -> Result<()> {
 
 /// Writes the case files anew.
 fn record() -> Result<()> {
-    let oracle = Oracle::new("record")?;
+    let mut oracle = Oracle::new("record")?;
     let mut known: BTreeMap<String, Case> =
         Case::all()?.into_iter().map(|case| (case.name.clone(), case)).collect();
     let mut count = 0;
@@ -63,7 +63,7 @@ fn record() -> Result<()> {
             steps.push(Step { side, frame, expected: Vec::new() });
         }
         let mut case = Case { name: input.name, about: input.about, ledger: input.ledger, steps };
-        let recorded = oracle.play(&case, QUIET)?;
+        let recorded = oracle.play(&case, LINGER)?;
         let before = known.remove(&case.name);
         for (i, emitted) in recorded.into_iter().enumerate() {
             let kept = before.as_ref().and_then(|before| before.steps.get(i)).map(|step| &step.expected);
