@@ -39,6 +39,14 @@ pub struct UmemConfig {
     pub hugepages: bool,
 }
 
+impl UmemConfig {
+    /// How many 2 MiB pages the UMEM takes; 0: none, it is on ordinary ones.
+    pub fn hugepage_count(&self) -> u64 {
+        let total = Layout::of(self.chunks, self.chunk_len, self.hugepages).total;
+        if self.hugepages { (total / HUGEPAGE_LEN) as u64 } else { 0 }
+    }
+}
+
 /// Why there is no UMEM.
 #[derive(Debug, thiserror::Error)]
 pub enum UmemError {
@@ -49,9 +57,7 @@ pub enum UmemError {
     #[error("number of chunks is {0}: use 1 to {CHUNKS_MAX}")]
     Chunks(u32),
     /// No memory of this kind.
-    #[error("{len_bytes} bytes of packet memory{}: {source}", if *.hugepages {
-        format!(" on 2 MiB pages (reserve them: sysctl vm.nr_hugepages={})", .len_bytes.div_ceil(HUGEPAGE_LEN))
-    } else { String::new() })]
+    #[error("{len_bytes} bytes of packet memory{}: {source}", if *.hugepages { " on 2 MiB pages" } else { "" })]
     Memory {
         /// Bytes asked for.
         len_bytes: usize,

@@ -32,6 +32,7 @@ use crate::kernel::privileged::{Direct, Privileged};
 pub mod account;
 pub mod data_plane;
 pub mod driver;
+pub mod hugepages;
 pub mod listen;
 pub mod lock;
 pub mod manifest;

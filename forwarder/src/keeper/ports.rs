@@ -4,12 +4,13 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use af_xdp::{Channels, OpenError, Socket, SocketConfig, Umem, UmemConfig};
+use af_xdp::{Channels, OpenError, Socket, SocketConfig, Umem, UmemConfig, UmemError};
 use config::fault::{Code, Fault};
 use config::gateway::{Gateway, Mode, PortSection};
 use tracing::{info, warn};
 
 use super::driver;
+use super::hugepages::Pool;
 use super::manifest::{Inherited, ManifestPort};
 use super::preflight::interface_index;
 use super::tap::Tap;
@@ -64,14 +65,7 @@ impl Ports {
         }
         let mut umems = Vec::new();
         for worker in 0..workers {
-            let config = UmemConfig {
-                chunks: gateway.frames_per_worker(),
-                chunk_len: gateway.umem.chunk_size,
-                hugepages: gateway.umem.hugepages,
-            };
-            let (umem, fd) = Umem::create(config).map_err(|cause| {
-                Fault::new(Code::Limit, cause.to_string()).field("umem.frames").value(config.chunks)
-            })?;
+            let (umem, fd) = packet_memory(gateway, worker)?;
             umems.push(fd);
             let mut pool = umem.take_frames().ok_or_else(|| {
                 Fault::new(Code::Other, "the frames of a new packet memory are taken; this is a bug")
@@ -162,9 +156,12 @@ impl Port {
             }
         };
         if attached == AttachMode::Generic {
+            // The kernel merges none on the port itself while the program is there (netif_elide_gro), but splits none either.
             warn!(
                 port = section.name,
-                "the steering program runs in the generic path: every packet is copied once more"
+                "the steering program runs in the generic path: every packet is copied once more, and packets that come in \
+                 merged beyond the MTU cannot be forwarded; see that none do: on the other end of a veth pair ethtool -K NAME \
+                 tso off tx-udp-segmentation off, below a VLAN or macvlan ethtool -K NAME gro off"
             );
         }
         let tap = Tap::create(interface)
@@ -198,6 +195,39 @@ impl Port {
         self.sockets.push(fd);
         Ok(())
     }
+}
+
+/// Makes the packet memory of a worker; those before it have theirs.
+fn packet_memory(gateway: &Gateway, worker: usize) -> Result<(Umem, OwnedFd), Fault> {
+    let config = UmemConfig {
+        chunks: gateway.frames_per_worker(),
+        chunk_len: gateway.umem.chunk_size,
+        hugepages: gateway.umem.hugepages,
+    };
+    let start = Instant::now();
+    loop {
+        match Umem::create(config) {
+            Ok(created) => return Ok(created),
+            // Those of a keeper that was just killed are free a moment later.
+            Err(_) if config.hugepages && start.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(20))
+            }
+            Err(cause) => return Err(memory_fault(&config, worker, gateway.workers.cpus.len(), &cause)),
+        }
+    }
+}
+
+fn memory_fault(config: &UmemConfig, worker: usize, workers: usize, cause: &UmemError) -> Fault {
+    let fault = Fault::new(Code::Limit, cause.to_string());
+    if !matches!(cause, UmemError::Memory { hugepages: true, .. }) {
+        return fault.field("umem.frames").value(config.chunks);
+    }
+    let each = config.hugepage_count();
+    let pages = Pool::read().enough_for(each * workers as u64, each * worker as u64);
+    let remedy = format!(
+        "{workers} worker(s) need {each} pages each; reserve them: sysctl -w vm.nr_hugepages={pages}, early after boot"
+    );
+    fault.field("umem.hugepages").value(true).remedy(remedy)
 }
 
 /// A queue without a worker would swallow its packets, a worker without a queue would be idle: there are as many of one
