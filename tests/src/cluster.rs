@@ -142,6 +142,14 @@ impl Cluster {
         self.client.run("curl", &words)
     }
 
+    /// Downloads 20 MB from `host`, in segments of 64 KiB with unfinished checksums, and compares them byte for byte.
+    pub fn download(&self, host: &str) -> Result<()> {
+        let file = self.folder.path().join("big");
+        let url = format!("http://{host}/big");
+        let script = format!("curl -sS --max-time 60 '{url}' | cmp - {}", file.display());
+        self.client.sh(&script).map(drop).with_context(|| url)
+    }
+
     /// Runs iperf3 from the client to `to`, with a server of its own on the node, for `seconds`; `args` more of iperf3. Returns
     /// its report.
     pub fn iperf(&self, to: &str, seconds: u32, args: &[&str]) -> Result<serde_json::Value> {
