@@ -81,6 +81,9 @@ pub struct GatewaySection {
     /// and without one the first addresses of the ports.
     #[serde(default)]
     pub nodeport_addresses: Vec<IpNet>,
+    /// Largest TCP segment that connections through the gateway may agree on.
+    #[serde(default)]
+    pub mss_clamp: MssClamp,
     /// Any text, the same on every gateway, so that all of them choose alike for a flow that none of them knows.
     #[serde(default = "default_lb_key")]
     pub lb_key: String,
@@ -110,6 +113,46 @@ pub enum LocalPolicy {
     Frontend,
     /// As kube-proxy: endpoints on our own node only.
     Literal,
+}
+
+/// What becomes of the maximum segment size in the SYNs of TCP connections (RFC 9293 section 3.7.1). It is only ever lowered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MssClamp {
+    /// Lowered to what fits the MTU of the way there and of the way back, as the gateway knows them.
+    #[default]
+    Auto,
+    /// Left alone: the ends learn of a smaller MTU by ICMP.
+    Off,
+    /// As [`MssClamp::Auto`], and at most so many bytes.
+    AtMost(u16),
+}
+
+impl Serialize for MssClamp {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            MssClamp::Auto => serializer.serialize_str("auto"),
+            MssClamp::Off => serializer.serialize_str("off"),
+            MssClamp::AtMost(bytes) => serializer.serialize_u16(*bytes),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for MssClamp {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<MssClamp, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Form {
+            Word(String),
+            Bytes(i64),
+        }
+        let bad = || D::Error::custom("not \"auto\", \"off\" or a number of bytes from 536 to 65495");
+        match Form::deserialize(deserializer).map_err(|_| bad())? {
+            Form::Word(word) if word == "auto" => Ok(MssClamp::Auto),
+            Form::Word(word) if word == "off" => Ok(MssClamp::Off),
+            Form::Bytes(bytes @ 536..=65_495) => Ok(MssClamp::AtMost(bytes as u16)),
+            _ => Err(bad()),
+        }
+    }
 }
 
 /// `[snat]`: addresses and ports for masquerading.

@@ -1,10 +1,12 @@
 //! A packet on its way through the pipeline: the frame and what the stages found out about it.
 
 use af_xdp::Frame;
+use zerocopy::FromBytes;
 
 use crate::addr::{Addr, Tuple};
 use crate::table::flow_map::{Direction, FlowId};
 use crate::verdict::{Reason, Verdict};
+use crate::wire::tcp;
 
 /// Packets that are judged together.
 pub const BURST: usize = 64;
@@ -128,6 +130,8 @@ pub struct Packet {
     pub choice: Option<Choice>,
     /// How the frame changes.
     pub rewrite: Rewrite,
+    /// Maximum segment sizes above this are lowered to it; 0: none is.
+    pub mss_limit: u16,
     /// Source address for ICMP errors about this packet, where it is not the port's own: the VIP of a service packet.
     pub error_source: Option<Addr>,
     /// Link-layer addresses to write: destination, source.
@@ -157,6 +161,7 @@ impl Packet {
             out: Tuple::default(),
             choice: None,
             rewrite: Rewrite::Route,
+            mss_limit: 0,
             error_source: None,
             macs: ([0; 6], [0; 6]),
             gateway: Addr::UNSPECIFIED,
@@ -171,7 +176,15 @@ impl Packet {
         self.flow = None;
         self.choice = None;
         self.rewrite = Rewrite::Route;
+        self.mss_limit = 0;
         self.error_source = None;
+    }
+
+    /// The TCP header of a [`Layer4::Tcp`] with its options, as far as the first descriptor holds it.
+    pub fn tcp_header(&self) -> &[u8] {
+        let bytes = self.frame.data().get(usize::from(self.l4)..).unwrap_or_default();
+        let len = tcp::Header::ref_from_prefix(bytes).map_or(0, |(header, _)| header.header_len());
+        &bytes[..len.min(bytes.len())]
     }
 
     /// True as long as no stage has decided what becomes of the packet.

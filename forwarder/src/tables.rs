@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use config::gateway::MssClamp;
 use ipnet::IpNet;
 
 use crate::addr::Addr;
@@ -73,6 +74,8 @@ pub struct Settings {
     pub snat_port_last: u16,
     /// From `[gateway] lb_key`: the same on every gateway, so that every gateway makes the same choice for a connection.
     pub lb_key: u64,
+    /// `[gateway] mss_clamp`.
+    pub mss_clamp: MssClamp,
 }
 
 /// One port of the gateway as packets see it.

@@ -83,6 +83,13 @@ pub enum Step {
         /// Index of the port.
         port: u8,
     },
+    /// The maximum segment size of a connection is lowered.
+    Mss {
+        /// What the sender named, bytes.
+        from: u16,
+        /// What the receiver will read, bytes.
+        to: u16,
+    },
     /// The answer of the gateway.
     Answer(Answer),
     /// The end.
@@ -133,7 +140,7 @@ impl Step {
             | Step::OwnedAddress
             | Step::NotAService => "service",
             Step::Masquerade { .. } => "nat",
-            Step::Route { .. } => "route",
+            Step::Route { .. } | Step::Mss { .. } => "route",
             Step::Answer(_) => "answer",
             Step::Verdict(_) => "verdict",
         }
@@ -182,6 +189,9 @@ impl fmt::Display for Step {
             Step::NotAService => write!(f, "no Service has this address: routed untranslated"),
             Step::Route { prefix, gateway, port } => {
                 write!(f, "route {prefix} by port {port}, next hop {gateway}")
+            }
+            Step::Mss { from, to } => {
+                write!(f, "maximum segment size {from} becomes {to}: larger segments would not fit the way")
             }
             Step::Answer(answer) => match answer {
                 Answer::Reset => write!(f, "answered with TCP RST"),

@@ -3,6 +3,7 @@
 #[allow(dead_code)] // the bench uses the rest of it
 mod rig;
 
+use config::gateway::MssClamp;
 use forwarder::addr::Addr;
 use forwarder::verdict::{Reason, Verdict};
 use rig::{
@@ -394,4 +395,96 @@ fn every_truncation_has_a_verdict() {
             assert_ne!(verdict, Verdict::Undecided, "{len} bytes");
         }
     }
+}
+
+/// The option that names `mss` as the maximum segment size.
+fn mss(mss: u16) -> Vec<u8> {
+    let [high, low] = mss.to_be_bytes();
+    vec![2, 4, high, low]
+}
+
+/// What becomes of the MSS 1460 of a client's SYN and of the endpoint's SYN-ACK.
+fn clamped(gateway: &mut Gateway, client: Addr, vip: Addr) -> (Vec<u8>, Vec<u8>) {
+    let out = gateway.forwarded(OUTSIDE, INSIDE, &rig::syn(client, 4242, vip, 80, SYN, &mss(1460)));
+    assert!(checksums_right(&out));
+    let pod = rig::destination(&out);
+    let back = gateway.forwarded(INSIDE, OUTSIDE, &rig::syn(pod, 8080, client, 4242, SYN | ACK, &mss(1460)));
+    assert!(checksums_right(&back));
+    (rig::options(&out), rig::options(&back))
+}
+
+#[test]
+fn segments_are_clamped_to_the_smaller_mtu_of_both_ways() {
+    let v6 = |text| rig::addr(text);
+    for (client, vip, headers) in [(CLIENT, VIP, 40), (v6("2001:db8:1::7"), v6("2001:db8::10"), 60)] {
+        for (outside, inside) in
+            [((1280, 1280), (1500, 1500)), ((1500, 1500), (1280, 1280)), ((1500, 1280), (9000, 9000))]
+        {
+            let mut gateway = Gateway::new();
+            gateway.set_mtu(OUTSIDE, outside.0, outside.1);
+            gateway.set_mtu(INSIDE, inside.0, inside.1);
+            let expected = mss(1280 - headers);
+            assert_eq!(clamped(&mut gateway, client, vip), (expected.clone(), expected), "{vip}");
+        }
+    }
+}
+
+#[test]
+fn segments_that_fit_are_left_alone() {
+    let mut gateway = Gateway::new();
+    assert_eq!(clamped(&mut gateway, CLIENT, VIP), (mss(1460), mss(1460)));
+    gateway.clamp_mss(MssClamp::AtMost(1400));
+    assert_eq!(clamped(&mut gateway, CLIENT, VIP), (mss(1400), mss(1400)));
+    gateway.set_mtu(OUTSIDE, 1280, 1280);
+    assert_eq!(
+        clamped(&mut gateway, CLIENT, VIP),
+        (mss(1240), mss(1240)),
+        "the number is not all that counts"
+    );
+    gateway.clamp_mss(MssClamp::Off);
+    assert_eq!(clamped(&mut gateway, CLIENT, VIP), (mss(1460), mss(1460)));
+    // Without the option there is nothing to lower; with a smaller one neither.
+    gateway.clamp_mss(MssClamp::Auto);
+    for options in [&[][..], &mss(536), &[2, 3, 5, 1], &[4, 2, 1, 1]] {
+        let out = gateway.forwarded(OUTSIDE, INSIDE, &rig::syn(CLIENT, 4242, VIP, 80, SYN, options));
+        assert_eq!(rig::options(&out), options);
+        assert!(checksums_right(&out));
+    }
+}
+
+#[test]
+fn the_option_is_found_at_any_offset_and_its_checksum_stays_right_or_wrong() {
+    let mut gateway = Gateway::new();
+    gateway.set_mtu(OUTSIDE, 1280, 1280);
+    let (big, small) = (mss(1460), mss(1240));
+    for (before, after) in [(&[][..], &[][..]), (&[1], &[1, 1, 1]), (&[4, 2, 1], &[0]), (&[8, 3, 9], &[1])] {
+        let around = |mss: &[u8]| [before, mss, after].concat();
+        let packet = rig::syn(CLIENT, 4242, VIP, 80, SYN, &around(&big));
+        for packet in [packet.clone(), rig::leave_checksum_unfinished(packet.clone())] {
+            let out = gateway.forwarded(OUTSIDE, INSIDE, &packet);
+            assert_eq!(rig::options(&out), around(&small));
+            assert!(checksums_right(&out), "{before:?}");
+        }
+        let mut bad = packet;
+        bad[50] ^= 0x55;
+        let out = gateway.forwarded(OUTSIDE, INSIDE, &bad);
+        assert_eq!(rig::options(&out), around(&small));
+        assert!(!checksums_right(&out));
+    }
+    let twice = [mss(1460), mss(1300)].concat();
+    let out = gateway.forwarded(OUTSIDE, INSIDE, &rig::syn(CLIENT, 4242, VIP, 80, SYN, &twice));
+    assert_eq!(rig::options(&out), [mss(1240), mss(1240)].concat());
+    assert!(checksums_right(&out));
+}
+
+#[test]
+fn routed_connections_are_clamped_too_and_data_is_not() {
+    let mut gateway = Gateway::new();
+    gateway.set_mtu(OUTSIDE, 1280, 1280);
+    let out = gateway.forwarded(OUTSIDE, INSIDE, &rig::syn(CLIENT, 4242, POD_1, 80, SYN, &mss(1460)));
+    assert_eq!((rig::options(&out), rig::destination(&out)), (mss(1240), POD_1));
+    assert!(checksums_right(&out));
+    // What looks like the option in the payload of a segment without SYN is data.
+    let out = gateway.forwarded(OUTSIDE, INSIDE, &tcp(CLIENT, 4242, POD_1, 80, ACK, &mss(1460)));
+    assert_eq!(&out[54..58], mss(1460));
 }

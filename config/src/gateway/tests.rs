@@ -47,6 +47,21 @@ fn every_file_survives_the_round_trip() {
     assert_eq!(Gateway::parse(&text, "again.toml").unwrap(), gateway);
 }
 
+#[test]
+fn segments_are_clamped_by_a_word_or_a_number() {
+    assert_eq!(Gateway::parse(GOOD, "g.toml").unwrap().gateway.mss_clamp, MssClamp::Auto);
+    for (text, clamp) in
+        [("\"auto\"", MssClamp::Auto), ("\"off\"", MssClamp::Off), ("1360", MssClamp::AtMost(1360))]
+    {
+        let text = GOOD.replace("\"routed\"", &format!("\"routed\"\nmss_clamp = {text}"));
+        let gateway = Gateway::parse(&text, "g.toml").unwrap();
+        assert_eq!(gateway.gateway.mss_clamp, clamp);
+        assert_eq!(Gateway::parse(&toml::to_string(&gateway).unwrap(), "again.toml").unwrap(), gateway);
+        let json = serde_json::to_string(&gateway).unwrap();
+        assert_eq!(serde_json::from_str::<Gateway>(&json).unwrap(), gateway, "as the keeper hands it on");
+    }
+}
+
 /// Replaces `from` by `to` in the good file and expects one complaint.
 #[track_caller]
 fn refuses(from: &str, to: &str, line: u32, field: &str, words: &str) {
@@ -74,6 +89,10 @@ fn bad_files_are_refused_by_line_and_field() {
         "overlaps gateway.cluster_cidrs[0]",
     );
     refuses("\"routed\"", "\"dsr\"", 5, "gateway.return", "unknown variant");
+    for bad in ["\"on\"", "535", "65496", "-1", "true"] {
+        let line = format!("\"routed\"\nmss_clamp = {bad}");
+        refuses("\"routed\"", &line, 6, "gateway.mss_clamp", "\"auto\", \"off\" or a number");
+    }
     refuses("\"outside\"", "\"sideways\"", 9, "port[0].role", "unknown variant");
     refuses("\"outside\"", "\"inside\"", 6, "port", "no port is outside");
     refuses("\"g1\"", "\"g0\"", 12, "port[1].interface", "takes this interface already");

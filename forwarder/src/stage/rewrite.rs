@@ -29,6 +29,9 @@ pub fn apply(packet: &mut Packet, tails: &[Frame], fib: &Fib) -> bool {
         Rewrite::Translate => translate(packet),
         Rewrite::IcmpError { .. } => translate_error(packet),
     }
+    if packet.mss_limit != 0 {
+        lower_mss(packet);
+    }
     trim(packet);
     count_hop(packet);
     if packet.partial_checksum {
@@ -50,11 +53,13 @@ fn trim(packet: &mut Packet) {
 /// The bytes of the headers, to be changed: by the way that a restart can undo, if they are few enough.
 #[inline]
 fn headers_mut(packet: &mut Packet) -> &mut [u8] {
-    if usize::from(packet.l4) + tcp::HEADER_LEN <= HEAD_LEN {
-        packet.frame.head_mut()
-    } else {
-        packet.frame.data_mut()
-    }
+    bytes_mut(packet, usize::from(packet.l4) + tcp::HEADER_LEN)
+}
+
+/// At least the first `end` bytes, as far as the frame has them, to be changed in the same way.
+#[inline]
+fn bytes_mut(packet: &mut Packet, end: usize) -> &mut [u8] {
+    if end <= HEAD_LEN { packet.frame.head_mut() } else { packet.frame.data_mut() }
 }
 
 fn word_at(data: &[u8], at: usize) -> u16 {
@@ -139,6 +144,29 @@ fn translate_sctp(packet: &mut Packet) {
     put_word(data, l4 + 2, new.dst_port);
     let end = end.min(data.len());
     sctp::set_checksum(&mut data[l4..end]);
+}
+
+/// Lowers maximum segment sizes to the packet's limit (RFC 9293 section 3.7.1).
+fn lower_mss(packet: &mut Packet) {
+    let (l4, limit, partial) = (usize::from(packet.l4), packet.mss_limit, packet.partial_checksum);
+    let end = l4 + packet.tcp_header().len();
+    let data = &mut bytes_mut(packet, end)[..end];
+    let segment = &mut data[l4..];
+    let (mut delta, mut from) = (Delta::ZERO, tcp::HEADER_LEN);
+    while let Some(at) = tcp::next_mss(segment, from) {
+        from = at + 2;
+        let old = word_at(segment, at);
+        if old > limit {
+            put_word(segment, at, limit);
+            // A word at an odd offset counts in the sum with its bytes exchanged (RFC 1071 section 2 B).
+            let counted = |word: u16| if at % 2 == 1 { word.swap_bytes() } else { word };
+            delta = delta.word(counted(old), counted(limit));
+        }
+    }
+    if !partial {
+        let sum = delta.apply(word_at(segment, tcp::CHECKSUM_OFFSET));
+        put_word(segment, tcp::CHECKSUM_OFFSET, sum);
+    }
 }
 
 /// Translates an ICMP error and the packet that it quotes, RFC 5508 section 4.2.

@@ -1,17 +1,26 @@
 //! Finds the way out: longest prefix, next hop, hop count and size.
 
+use config::gateway::MssClamp;
+
+use crate::addr::Addr;
 use crate::packet::{Answer, Layer4, Packet, Rewrite};
 use crate::pipeline::Context;
 use crate::tables::{Fib, NextHop, Route};
 use crate::trace::{Step, Trace};
 use crate::verdict::{Reason, Verdict};
-use crate::wire::ipv6;
+use crate::wire::{ipv4, ipv6, tcp};
 
 /// Routes every packet that no stage has decided about.
 pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
     for (index, packet) in burst.iter_mut().enumerate() {
-        if packet.undecided() {
-            route(packet, index, cx.fib, trace);
+        if !packet.undecided() {
+            continue;
+        }
+        route(packet, index, cx.fib, trace);
+        if let Layer4::Tcp { flags } = packet.layer4
+            && flags & tcp::SYN != 0
+        {
+            clamp_mss(packet, index, cx, trace);
         }
     }
 }
@@ -83,5 +92,37 @@ fn refuse(packet: &mut Packet, answer: Answer, reason: Reason) {
     match packet.layer4 {
         Layer4::IcmpError => packet.drop(reason),
         _ => packet.answer(answer, reason),
+    }
+}
+
+/// Decides how large segments may be that the receiver of this SYN sends (RFC 9293 section 3.7.1): they take the way back, and the
+/// answer to this SYN is judged alike, so that the smaller MTU of both ways holds for both directions.
+fn clamp_mss(packet: &mut Packet, index: usize, cx: &Context<'_>, trace: &mut impl Trace) {
+    let (Verdict::Forward { port } | Verdict::Hold { port }) = packet.verdict else { return };
+    let most = match cx.tables.settings.mss_clamp {
+        MssClamp::Off => return,
+        MssClamp::Auto => u16::MAX,
+        MssClamp::AtMost(bytes) => bytes,
+    };
+    let there = way_mtu(packet.out.dst, port, cx.fib);
+    let back = way_mtu(packet.tuple.src, packet.port, cx.fib);
+    let ip_header_len = if packet.tuple.src.is_v4() { ipv4::HEADER_LEN } else { ipv6::HEADER_LEN };
+    let limit = most.min(there.min(back).saturating_sub((ip_header_len + tcp::HEADER_LEN) as u16));
+    let header = packet.tcp_header();
+    let values =
+        std::iter::successors(tcp::next_mss(header, tcp::HEADER_LEN), |at| tcp::next_mss(header, at + 2));
+    let largest = values.map(|at| u16::from_be_bytes([header[at], header[at + 1]])).max();
+    if let Some(named) = largest.filter(|named| *named > limit) {
+        packet.mss_limit = limit;
+        trace.step(index, || Step::Mss { from: named, to: limit });
+    }
+}
+
+/// MTU of the route to `destination` and of port `port`, whichever is smaller.
+fn way_mtu(destination: Addr, port: u8, fib: &Fib) -> u16 {
+    let link = fib.ports.get(usize::from(port)).map_or(u16::MAX, |link| link.mtu);
+    match fib.routes.lookup(destination) {
+        Some(Route::NextHop(hop)) => fib.next_hops.get(hop as usize).map_or(link, |hop| hop.mtu.min(link)),
+        _ => link,
     }
 }

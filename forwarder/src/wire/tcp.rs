@@ -60,9 +60,57 @@ pub fn valid_flags(flags: u8) -> bool {
     }
 }
 
+/// The value of the next maximum segment size option (RFC 9293 section 3.2) as an offset from the beginning of `header`. The search
+/// begins with the option at `from`: [`HEADER_LEN`], or two behind the value that was found before. Options behind one that is
+/// malformed are not seen.
+pub fn next_mss(header: &[u8], from: usize) -> Option<usize> {
+    const END: u8 = 0;
+    const NO_OPERATION: u8 = 1;
+    const MSS: u8 = 2;
+    let mut at = from;
+    loop {
+        match *header.get(at..)? {
+            [NO_OPERATION, ..] => at += 1,
+            [END, ..] => return None,
+            [MSS, 4, _, _, ..] => return Some(at + 2),
+            [_, len, ..] if len >= 2 => at += usize::from(len),
+            _ => return None,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[track_caller]
+    fn finds(options: &[u8], values_at: &[usize]) {
+        let header: Vec<u8> = [0; HEADER_LEN].into_iter().chain(options.iter().copied()).collect();
+        let values = std::iter::successors(next_mss(&header, HEADER_LEN), |at| next_mss(&header, at + 2));
+        assert_eq!(values.map(|at| at - HEADER_LEN).collect::<Vec<_>>(), values_at);
+    }
+
+    #[test]
+    fn maximum_segment_sizes_are_found_wherever_they_stand() {
+        finds(&[], &[]);
+        finds(&[2, 4, 5, 180], &[2]);
+        finds(&[1, 2, 4, 5, 180, 0, 0, 0], &[3]);
+        finds(&[4, 2, 3, 3, 7, 2, 4, 5, 180, 1, 1, 1], &[7]);
+        // A receiver may take either.
+        finds(&[2, 4, 5, 180, 2, 4, 5, 181], &[2, 6]);
+    }
+
+    #[test]
+    fn malformed_options_end_the_search() {
+        // Behind the end of the list, longer than the header, without a length that an option can have.
+        finds(&[0, 2, 4, 5, 180], &[]);
+        finds(&[2, 4, 5], &[]);
+        finds(&[2], &[]);
+        finds(&[8, 0, 2, 4, 5, 180], &[]);
+        finds(&[8, 1, 2, 4, 5, 180], &[]);
+        // Not the length of this option: skipped.
+        finds(&[2, 3, 5, 2, 4, 5, 180], &[5]);
+    }
 
     #[test]
     fn flags_that_nobody_sends() {

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use af_xdp::{FramePool, Umem};
+use config::gateway::MssClamp;
 use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader};
 use forwarder::addr::{Addr, protocol};
 use forwarder::packet::Packet;
@@ -170,6 +171,18 @@ impl Gateway {
         self.tables.settings = Arc::new(settings);
     }
 
+    /// Changes the MTU of port `port` and of its next hop, bytes.
+    pub fn set_mtu(&mut self, port: u8, link: u16, next_hop: u16) {
+        self.fib.ports[usize::from(port)].mtu = link;
+        self.fib.next_hops[usize::from(port)].mtu = next_hop;
+    }
+
+    pub fn clamp_mss(&mut self, clamp: MssClamp) {
+        let mut settings = (*self.tables.settings).clone();
+        settings.mss_clamp = clamp;
+        self.tables.settings = Arc::new(settings);
+    }
+
     pub fn flows(&self) -> usize {
         self.flows.len()
     }
@@ -328,6 +341,22 @@ pub fn tcp(src: Addr, src_port: u16, dst: Addr, dst_port: u16, flags: u8, payloa
     header.rst = flags & 0x04 != 0;
     header.ack = flags & 0x10 != 0;
     frame(src, dst, protocol::TCP, &with_checksum(src, dst, TransportHeader::Tcp(header), payload))
+}
+
+/// A SYN (`flags` may add ACK) with TCP options.
+pub fn syn(src: Addr, src_port: u16, dst: Addr, dst_port: u16, flags: u8, options: &[u8]) -> Vec<u8> {
+    let mut header = etherparse::TcpHeader::new(src_port, dst_port, 1000, 64240);
+    (header.syn, header.ack) = (true, flags & 0x10 != 0);
+    header.set_options_raw(options).unwrap();
+    frame(src, dst, protocol::TCP, &with_checksum(src, dst, TransportHeader::Tcp(header), b""))
+}
+
+/// The TCP options of a packet.
+pub fn options(packet: &[u8]) -> Vec<u8> {
+    match PacketHeaders::from_ethernet_slice(packet).unwrap().transport {
+        Some(TransportHeader::Tcp(tcp)) => tcp.options.as_slice().to_vec(),
+        _ => panic!("no TCP"),
+    }
 }
 
 pub fn udp(src: Addr, src_port: u16, dst: Addr, dst_port: u16, payload: &[u8]) -> Vec<u8> {

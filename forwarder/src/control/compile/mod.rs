@@ -288,6 +288,7 @@ pub fn settings(gateway: &Gateway) -> Settings {
         snat_port_first: gateway.snat.ports.first,
         snat_port_last: gateway.snat.ports.last,
         lb_key: service::stable_hash(&[gateway.gateway.lb_key.as_bytes()]),
+        mss_clamp: gateway.gateway.mss_clamp,
     }
 }
 
