@@ -81,6 +81,7 @@ pub fn from_objects(manifests: &[Manifest], node: Option<String>) -> Assumed {
         },
         snat: Default::default(),
         control: Default::default(),
+        health: Default::default(),
         workers: Default::default(),
         flows: Default::default(),
         rings: Default::default(),

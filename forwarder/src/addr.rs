@@ -34,10 +34,37 @@ impl Addr {
         self.0 >> 32 == V4_MAPPED >> 32
     }
 
+    /// Its family.
+    pub const fn family(self) -> Family {
+        if self.is_v4() { Family::V4 } else { Family::V6 }
+    }
+
     /// The 32 bits of an IPv4 address; of an IPv6 address the lowest 32 bits.
     #[inline]
     pub const fn v4_bits(self) -> u32 {
         self.0 as u32
+    }
+}
+
+/// A family of addresses.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Both families, in the order of their numbers.
+    pub const ALL: [Family; 2] = [Family::V4, Family::V6];
+
+    /// Its name in Kubernetes objects and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Family::V4 => "IPv4",
+            Family::V6 => "IPv6",
+        }
     }
 }
 

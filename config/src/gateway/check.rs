@@ -16,6 +16,7 @@ pub(super) fn check(gateway: &Gateway) -> Vec<Fault> {
     ranges(gateway, &mut faults);
     snat(gateway, &mut faults);
     paths(gateway, &mut faults);
+    health(gateway, &mut faults);
     workers(gateway, &mut faults);
     flows(gateway, &mut faults);
     memory(gateway, &mut faults);
@@ -164,6 +165,28 @@ fn is_usable(address: IpAddr) -> bool {
                 || v6.is_multicast()
                 || v6.to_ipv4_mapped().is_some())
         }
+    }
+}
+
+fn health(gateway: &Gateway, faults: &mut Vec<Fault>) {
+    let Some(listen) = gateway.health.listen.0 else { return };
+    let (field, ip) = ("health.listen", listen.ip());
+    if listen.port() == 0 {
+        faults.push(invalid(field, listen, "port 0 is no port", "use 10256, as kube-proxy does"));
+    }
+    if gateway.snat.ports.contains(listen.port()) {
+        let message =
+            format!("lies in the masquerade ports {}: its packets would not reach it", gateway.snat.ports);
+        faults.push(
+            Fault::new(Code::Conflict, message)
+                .field(field)
+                .value(listen)
+                .remedy("use another port, or move snat.ports"),
+        );
+    }
+    if !(ip.is_unspecified() || ip.is_loopback() || is_usable(ip)) {
+        let remedy = "give an address of this gateway, 0.0.0.0 for all of them, or \"off\"";
+        faults.push(invalid(field, listen, "nobody can be asked there", remedy));
     }
 }
 

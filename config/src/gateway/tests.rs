@@ -35,6 +35,7 @@ fn defaults_are_those_of_the_documentation() {
     assert_eq!(gateway.flows.capacity, 262_144);
     assert_eq!((gateway.flows.tcp_established_s, gateway.flows.udp_one_way_s), (7440, 30));
     assert_eq!(gateway.gateway.external_traffic_policy, LocalPolicy::Frontend);
+    assert_eq!(gateway.health.listen.to_string(), "0.0.0.0:10256");
     assert_eq!(gateway.frames_per_worker(), 32768);
     assert_eq!(gateway.outside_ports().collect::<Vec<_>>(), [0]);
     assert_eq!(gateway.inside_ports().collect::<Vec<_>>(), [1]);
@@ -45,6 +46,16 @@ fn every_file_survives_the_round_trip() {
     let gateway = Gateway::parse(GOOD, "gateway.toml").unwrap();
     let text = toml::to_string(&gateway).unwrap();
     assert_eq!(Gateway::parse(&text, "again.toml").unwrap(), gateway);
+}
+
+#[test]
+fn the_health_server_can_be_elsewhere_or_nowhere() {
+    for listen in ["127.0.0.1:10256", "[2001:db8::1]:80", "off"] {
+        let text = format!("[health]\nlisten = \"{listen}\"\n{GOOD}");
+        let gateway = Gateway::parse(&text, "g.toml").unwrap();
+        assert_eq!(gateway.health.listen.to_string(), listen);
+        assert_eq!(Gateway::parse(&toml::to_string(&gateway).unwrap(), "again.toml").unwrap(), gateway);
+    }
 }
 
 #[test]
@@ -138,6 +149,11 @@ fn bad_sections_are_refused_by_field() {
     refuses_section("[flows]\ncapacity = 5", "flows.capacity", "1024");
     refuses_section("[flows]\nudp_s = 0", "flows.udp_s", "1 to 604800");
     refuses_section("[flows]\naffinity_capacity = 300000", "flows.affinity_capacity", "262144");
+    refuses_section("[health]\nlisten = \"10256\"", "health.listen", "0.0.0.0:10256");
+    refuses_section("[health]\nlisten = \"0.0.0.0:0\"", "health.listen", "port 0");
+    refuses_section("[health]\nlisten = \"0.0.0.0:61000\"", "health.listen", "masquerade ports");
+    refuses_section("[health]\nlisten = \"224.0.0.1:10256\"", "health.listen", "0.0.0.0 for all");
+    refuses_section("[health]\nmetrics = \"no\"", "health.metrics", "boolean");
     refuses_section("[control]\nsocket = \"control.sock\"", "control.socket", "absolute");
     refuses_section("[control]\nstate_dir = \"state\"", "control.state_dir", "absolute");
     refuses_section("[control]\ngroup = \"\"", "control.group", "empty");

@@ -12,10 +12,11 @@ use ipnet::IpNet;
 
 use super::address::host_net;
 use super::facts::{
-    AddressKind, Facts, NodeFacts, PodFacts, ServiceAddress, ServiceFacts, Skip, SliceFacts, protocol_name,
+    AddressKind, Facts, NodeFacts, PodFacts, PortFacts, ServiceAddress, ServiceFacts, Skip, SliceFacts,
+    protocol_name,
 };
 use super::state::{Claim, Entry, State};
-use crate::addr::Addr;
+use crate::addr::{Addr, protocol};
 
 /// What the gateway allows.
 #[derive(Clone, Copy, Debug)]
@@ -181,23 +182,40 @@ impl Judge<'_> {
             }
         }
         for (index, port) in service.ports.iter().enumerate() {
-            let Some(node_port) = port.node_port else { continue };
-            let field = format!("spec.ports[{index}].nodePort");
-            if let Some(other) = self.state.claims().other(Claim::NodePort(node_port, port.protocol), self.me)
-            {
-                let value = format!("{node_port}/{}", protocol_name(port.protocol));
-                self.conflict(
-                    &field,
-                    value,
-                    format!("is taken by {other}"),
-                    "give one of the two another nodePort",
-                );
+            if let Some(node_port) = port.node_port {
+                self.node_port(&format!("spec.ports[{index}].nodePort"), node_port, port.protocol);
             }
-            let range = self.rules.gateway.snat.ports;
-            if range.contains(node_port) {
-                let message = format!("lies in the gateway's masquerade ports {range}");
-                self.conflict(&field, node_port, message, "choose another nodePort, or move [snat] ports");
-            }
+        }
+        if let Some(port) = service.health_check_node_port {
+            self.health_check_node_port(port, service);
+        }
+    }
+
+    fn node_port(&mut self, field: &str, port: u16, number: u8) {
+        if let Some(other) = self.state.claims().other(Claim::NodePort(port, number), self.me) {
+            let value = format!("{port}/{}", protocol_name(number));
+            let message = format!("is taken by {other}");
+            self.conflict(field, value, message, "give one of the two another port");
+        }
+        let range = self.rules.gateway.snat.ports;
+        if range.contains(port) {
+            let message = format!("lies in the gateway's masquerade ports {range}");
+            self.conflict(field, port, message, "choose another port, or move [snat] ports");
+        }
+        let own = self.rules.gateway.health.listen.0.map(|listen| listen.port());
+        if number == protocol::TCP && own == Some(port) {
+            let message = "is the port of the gateway's own health server".into();
+            self.conflict(field, port, message, "choose another port, or move [health] listen");
+        }
+    }
+
+    /// The gateway itself listens there, which it cannot where a NodePort is served.
+    fn health_check_node_port(&mut self, port: u16, service: &ServiceFacts) {
+        let field = "spec.healthCheckNodePort";
+        self.node_port(field, port, protocol::TCP);
+        let is_node_port = |own: &PortFacts| own.node_port == Some(port) && own.protocol == protocol::TCP;
+        if service.ports.iter().any(is_node_port) {
+            self.conflict(field, port, "is a nodePort of the Service".into(), "choose another port");
         }
     }
 

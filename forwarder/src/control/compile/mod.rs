@@ -5,7 +5,8 @@
 //!
 //! Read in this order: [`endpoints`] merges slices, [`topology`] sorts endpoints into lists, [`frontends`] decides what
 //! happens to packets, [`service`] puts the three together for one Service; then [`identities`], [`steer`], [`cleanup`]
-//! for what goes along with the tables, and [`rows`], [`describe`], [`dns`] for what people and name servers want to know.
+//! for what goes along with the tables, and [`rows`], [`describe`], [`dns`], [`health`] for what people, name servers and load
+//! balancers want to know.
 
 pub mod endpoints;
 pub mod frontends;
@@ -14,6 +15,7 @@ pub mod topology;
 pub mod cleanup;
 pub mod describe;
 pub mod dns;
+pub mod health;
 pub mod identities;
 pub mod rows;
 pub mod service;
@@ -35,6 +37,7 @@ use super::validate::Rules;
 use crate::addr::Addr;
 use crate::tables::{PortSettings, Settings, Tables, Vip};
 use cleanup::UdpCleanup;
+use health::HealthTables;
 use service::Compiled;
 
 /// Makes tables. Control thread; keeps what it compiled, so that a change costs what it touches.
@@ -48,6 +51,7 @@ pub struct Compiler {
     services: BTreeMap<Arc<ObjectRef>, Compiled>,
     next_id: u32,
     tables: Tables,
+    health: Arc<HealthTables>,
 }
 
 /// What every Service's tables depend on besides the Service and its slices.
@@ -88,6 +92,7 @@ impl Compiler {
             services: BTreeMap::new(),
             next_id: 1,
             tables,
+            health: Arc::default(),
         }
     }
 
@@ -126,6 +131,8 @@ impl Compiler {
         let all = surroundings != self.surroundings;
         let own_changed = surroundings.own != self.surroundings.own;
         self.surroundings = surroundings;
+        let node = state.node(&self.gateway.gateway.name);
+        self.set_node_is_leaving(node.is_some_and(|node| node.leaving));
         let nodes_changed = identities::nodes_differ(touched);
         let identities_changed = all
             || nodes_changed
@@ -175,7 +182,9 @@ impl Compiler {
         }
         // All old ones go before any new one comes, since an address may move from one Service to another.
         for (reference, new) in &compiled {
-            let Some(old) = self.services.remove(*reference) else { continue };
+            let old = self.services.remove(*reference).unwrap_or_default();
+            let untold = Default::default();
+            self.replace_health(reference, &old.health, new.as_ref().map_or(&untold, |new| &new.health));
             for (key, frontend) in &old.frontends {
                 let stays =
                     new.as_ref().is_some_and(|new| new.frontends.iter().any(|(other, _)| other == key));

@@ -10,6 +10,7 @@ use ipnet::IpNet;
 use super::Compiler;
 use super::endpoints::{EndpointInfo, PortKey, merge};
 use super::frontends::{Outcome, Policy, Ruling, rule};
+use super::health::ServiceHealth;
 use super::topology::{Categories, Place, categorize};
 use crate::addr::{Addr, protocol};
 use crate::control::facts::{AddressKind, PortFacts, ServiceAddress, ServiceFacts};
@@ -30,6 +31,8 @@ pub struct Compiled {
     backends: Vec<(u64, Arc<Backends>)>,
     /// For each UDP frontend the (address, port) of every endpoint that serves, ready or not.
     pub udp_serving: Vec<(FrontendKey, Arc<Destinations>)>,
+    /// What the health server tells of it.
+    pub(super) health: ServiceHealth,
     /// Ids of its ports, by stable id.
     ids: Vec<(u64, u32)>,
 }
@@ -86,6 +89,7 @@ impl Compiler {
             }));
         }
         let families = self.family_ports(state, reference, facts);
+        compiled.health = self.service_health(facts, &families);
         let mut builder = Builder { key: self.key, old: &old.backends, backends: &mut compiled.backends };
         for claimed in self.claimed(state, facts) {
             let is_v4 = claimed.key.addr.is_v4();

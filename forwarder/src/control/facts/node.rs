@@ -19,8 +19,20 @@ pub struct NodeFacts {
     pub external_ips: Vec<Addr>,
     /// Label `topology.kubernetes.io/zone`, may be empty.
     pub zone: String,
+    /// It is being deleted, or about to be: no load balancer should send to it any more.
+    pub leaving: bool,
     /// Label `node.kubernetes.io/exclude-from-external-load-balancers`: load balancers do not send to it.
     pub excluded: bool,
+}
+
+/// Taint that the cluster autoscaler puts on a node that it will remove.
+const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
+
+/// kubernetes pkg/proxy/healthcheck/proxy_health.go `NodeEligible`.
+fn is_leaving(node: &Node) -> bool {
+    let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_ref());
+    node.metadata.deletion_timestamp.is_some()
+        || taints.into_iter().flatten().any(|taint| taint.key == TO_BE_DELETED)
 }
 
 impl NodeFacts {
@@ -31,6 +43,7 @@ impl NodeFacts {
             zone: label("topology.kubernetes.io/zone").cloned().unwrap_or_default(),
             // Its presence counts, not its value (k8s.io/cloud-provider controllers/service).
             excluded: label("node.kubernetes.io/exclude-from-external-load-balancers").is_some(),
+            leaving: is_leaving(node),
             ..NodeFacts::default()
         };
         if let Some(spec) = &node.spec {

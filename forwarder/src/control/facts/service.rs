@@ -23,6 +23,8 @@ pub struct ServiceFacts {
     pub internal_local: bool,
     /// `spec.externalTrafficPolicy: Local`.
     pub external_local: bool,
+    /// `spec.healthCheckNodePort`, where it counts: type LoadBalancer, externalTrafficPolicy Local.
+    pub health_check_node_port: Option<u16>,
     /// `spec.loadBalancerSourceRanges`.
     pub source_ranges: Vec<IpNet>,
     /// Seconds of `sessionAffinity: ClientIP`.
@@ -165,6 +167,7 @@ impl ServiceFacts {
             external_local,
             affinity_timeout_s: affinity(spec, faults),
             distribution: distribution(spec, warnings),
+            health_check_node_port: health_check_node_port(spec, type_, external_local, faults),
             ports: ports(spec, type_, skip, faults),
             ..ServiceFacts::default()
         };
@@ -327,6 +330,18 @@ fn ports(
         ports.push(PortFacts { name, protocol, port, node_port });
     }
     ports
+}
+
+/// As kubernetes pkg/api/v1/service `NeedsHealthCheck`: other Services have no such port, or one left from before.
+fn health_check_node_port(
+    spec: &ServiceSpec,
+    type_: ServiceType,
+    external_local: bool,
+    faults: &mut Vec<Fault>,
+) -> Option<u16> {
+    let given = spec.health_check_node_port.filter(|port| *port != 0)?;
+    let port = read_port("spec.healthCheckNodePort", given, faults)?;
+    (type_ == ServiceType::LoadBalancer && external_local).then_some(port)
 }
 
 /// Seconds of `sessionAffinity: ClientIP`: 10800 unless said otherwise.

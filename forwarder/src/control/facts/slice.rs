@@ -4,12 +4,16 @@ use std::sync::Arc;
 
 use config::fault::{Code, Fault};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
+use k8s_openapi::jiff::Timestamp;
 
 use super::{read_addr, read_port, read_protocol};
 use crate::addr::Addr;
 
 /// Label that names the Service of a slice.
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+
+/// Annotation: when the pod or Service changed for which the slice was changed (RFC 3339).
+const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 /// What Towpath reads from an EndpointSlice.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -20,6 +24,8 @@ pub struct SliceFacts {
     pub endpoints: Vec<EndpointFacts>,
     /// Its ports.
     pub ports: Vec<SlicePort>,
+    /// When what it tells of happened in the cluster, if it says so.
+    pub triggered: Option<Timestamp>,
 }
 
 /// One of `ports`.
@@ -73,6 +79,7 @@ impl SliceFacts {
                 .as_ref()
                 .and_then(|labels| labels.get(SERVICE_NAME_LABEL))
                 .cloned(),
+            triggered: triggered(slice, warnings),
             ..SliceFacts::default()
         };
         if facts.service.as_ref().is_none_or(String::is_empty) {
@@ -115,6 +122,17 @@ impl SliceFacts {
         }
         facts
     }
+}
+
+fn triggered(slice: &EndpointSlice, warnings: &mut Vec<Fault>) -> Option<Timestamp> {
+    let text = slice.metadata.annotations.as_ref()?.get(TRIGGER_TIME_ANNOTATION)?;
+    let parsed = text.parse().ok();
+    if parsed.is_none() {
+        let fault = Fault::new(Code::Ignored, "not a time: how long the change took is not measured");
+        let fault = fault.field(format!("metadata.annotations.{TRIGGER_TIME_ANNOTATION}")).value(text);
+        warnings.push(fault.remedy("write it as 2026-11-27T08:00:00Z, or leave it out"));
+    }
+    parsed
 }
 
 impl EndpointFacts {

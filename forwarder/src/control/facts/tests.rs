@@ -324,3 +324,59 @@ fn pods_that_have_ended_have_no_address() {
         assert_eq!(facts.addresses.len(), expected, "{phase}");
     }
 }
+
+#[test]
+fn only_local_load_balancers_have_a_health_check_node_port() {
+    for (spec, expected) in [
+        ("type: LoadBalancer, externalTrafficPolicy: Local, healthCheckNodePort: 32000", Some(32_000)),
+        ("type: LoadBalancer, externalTrafficPolicy: Local, healthCheckNodePort: 0", None),
+        ("type: LoadBalancer, externalTrafficPolicy: Local", None),
+        ("type: LoadBalancer, healthCheckNodePort: 32000", None),
+        ("type: NodePort, externalTrafficPolicy: Local, healthCheckNodePort: 32000", None),
+    ] {
+        let facts = service(&format!("spec: {{clusterIP: 10.0.0.1, ports: [{{port: 80}}], {spec}}}"));
+        assert_eq!(facts.health_check_node_port, expected, "{spec}");
+    }
+    refuses_service(
+        "spec: {clusterIP: 10.0.0.1, ports: [{port: 80}], healthCheckNodePort: 70000}",
+        "spec.healthCheckNodePort",
+        "1 to 65535",
+    );
+}
+
+#[test]
+fn a_node_that_is_to_go_is_leaving() {
+    for (yaml, expected) in [
+        ("metadata: {name: n}", false),
+        ("metadata: {name: n}\nspec: {taints: [{key: other, effect: NoSchedule}]}", false),
+        (
+            "metadata: {name: n}\nspec: {taints: [{key: other, effect: NoSchedule}, \
+             {key: ToBeDeletedByClusterAutoscaler, effect: NoSchedule}]}",
+            true,
+        ),
+        ("metadata: {name: n, deletionTimestamp: '2026-11-27T08:00:00Z'}", true),
+    ] {
+        let (facts, faults, _) = read(&format!("kind: Node\n{yaml}\n"));
+        assert_eq!(faults, [], "{yaml}");
+        let Facts::Node(facts) = facts else { panic!("{facts:?}") };
+        assert_eq!(facts.leaving, expected, "{yaml}");
+    }
+}
+
+#[test]
+fn slices_say_when_what_they_tell_of_happened() {
+    let slice = |annotations: &str| {
+        let yaml = format!(
+            "kind: EndpointSlice\nmetadata: {{name: s, labels: {{kubernetes.io/service-name: web}}, annotations: {{{annotations}}}}}\n\
+             addressType: IPv4\nendpoints: []\n"
+        );
+        let (facts, faults, warnings) = read(&yaml);
+        assert_eq!(faults, [], "{yaml}");
+        let Facts::Slice(facts) = facts else { panic!("{facts:?}") };
+        (facts.triggered.map(|time| time.as_second()), warnings.len())
+    };
+    assert_eq!(slice(""), (None, 0));
+    let annotation = "endpoints.kubernetes.io/last-change-trigger-time";
+    assert_eq!(slice(&format!("{annotation}: '1970-01-02T00:00:00.5Z'")), (Some(86_400), 0));
+    assert_eq!(slice(&format!("{annotation}: yesterday")), (None, 1));
+}

@@ -8,7 +8,7 @@ use config::control::{Kind, ObjectRef};
 use ipnet::IpNet;
 
 use super::Entry;
-use crate::addr::Addr;
+use crate::addr::{Addr, protocol};
 use crate::control::facts::Facts;
 
 /// Something that an object claims.
@@ -16,7 +16,7 @@ use crate::control::facts::Facts;
 pub enum Claim {
     /// A Service: (address, port, protocol).
     Frontend(Addr, u16, u8),
-    /// A Service: (NodePort, protocol).
+    /// A Service: (NodePort, protocol); its healthCheckNodePort is one, of TCP.
     NodePort(u16, u8),
     /// A Service: an address of any kind.
     Vip(Addr),
@@ -122,6 +122,8 @@ fn claims(entry: &Entry) -> Vec<Claim> {
                 );
             }
             let node_ports = service.ports.iter().filter_map(|port| Some((port.node_port?, port.protocol)));
+            let health_check = service.health_check_node_port.map(|port| (port, protocol::TCP));
+            let node_ports = node_ports.chain(health_check);
             claims.extend(node_ports.map(|(port, protocol)| Claim::NodePort(port, protocol)));
         }
         Facts::Slice(slice) => {

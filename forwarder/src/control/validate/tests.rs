@@ -77,6 +77,28 @@ fn two_services_on_one_node_port() {
 
 /// Rule 14.5.
 #[test]
+fn a_health_check_node_port_is_its_services_alone() {
+    let spec = |ip: &str, check: u16, node_port: u16| {
+        format!(
+            "type: LoadBalancer, externalTrafficPolicy: Local, healthCheckNodePort: {check}, clusterIP: {ip}, \
+             ports: [{{port: 80, nodePort: {node_port}}}]"
+        )
+    };
+    let (field, web) = ("spec.healthCheckNodePort", service("web", &spec("10.96.0.1", 32_000, 30_080)));
+    let other = |check, node_port| service("b", &spec("10.96.0.2", check, node_port));
+    refuses(&web, &other(32_000, 30_081), field, "is taken by Service default/web");
+    refuses(&web, &other(30_080, 30_081), field, "is taken by Service default/web");
+    refuses(&web, &other(32_001, 32_000), "spec.ports[0].nodePort", "is taken by Service default/web");
+    refuses("", &other(30_081, 30_081), field, "is a nodePort of the Service");
+    refuses("", &other(61_000, 30_081), field, "61000-65535");
+    refuses("", &other(10_256, 30_081), field, "[health] listen");
+    refuses("", &other(32_000, 10_256), "spec.ports[0].nodePort", "[health] listen");
+    // Of a Service that has no use for it, it takes nothing.
+    let idle = other(32_000, 30_081).replace("externalTrafficPolicy: Local, ", "");
+    Cluster::new(HEAD, &web).apply(&idle);
+}
+
+#[test]
 fn addresses_that_a_service_may_not_have() {
     let lb = "status.loadBalancer.ingress[0].ip";
     refuses("", &balancer("web", "198.51.100.1"), lb, "load_balancer_cidrs");
