@@ -1,18 +1,23 @@
-//! The control socket's file: private while it is made, then moved into place.
+//! Sockets that listen: the control socket, and those of the health server ([`tcp`]).
 //!
-//! Between bind(2) and chmod(2) a socket has whatever mode the umask left it, and a path that somebody else can write to
+//! The control socket's file is private while it is made, then moved into place. Between bind(2) and chmod(2) a socket has whatever mode the umask left it, and a path that somebody else can write to
 //! may be a symlink by the time it is used. So the socket is bound in a directory that only we can enter, given its
 //! mode and group there, and renamed over the old one, which is atomic and follows nothing.
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use config::fault::{Code, Fault};
+use config::gateway::HealthSection;
 use rustix::fs::Gid;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
 
 use super::account::Account;
 
@@ -144,9 +149,88 @@ pub fn make_state_dir(path: &Path, account: &Account) -> Result<(), Fault> {
     })
 }
 
+/// Clients of the health server that may wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// A TCP socket that listens at `addr` and does not block, for the health server of the data plane, which may open none itself.
+///
+/// # Errors
+/// The gateway file has no such server, or the kernel refused: in words for the operator.
+pub fn tcp(addr: SocketAddr, health: HealthSection) -> Result<OwnedFd, String> {
+    // healthCheckNodePorts are what objects say, and whoever writes those must not get a port of the system.
+    let is_node_port = health.node_ports && addr.port() >= 1024;
+    if health.listen.0 != Some(addr) && !is_node_port {
+        return Err(format!(
+            "{addr} is no port of the health server: use a healthCheckNodePort of 1024 or more"
+        ));
+    }
+    let attempt = match addr.ip() {
+        // Every address of both families, as in kube-proxy. Without IPv6 those of IPv4 are all there are.
+        ip if ip.is_unspecified() => {
+            let all = |ip: IpAddr| open(SocketAddr::new(ip, addr.port()), false);
+            match all(Ipv6Addr::UNSPECIFIED.into()) {
+                Err(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => all(Ipv4Addr::UNSPECIFIED.into()),
+                outcome => outcome,
+            }
+        }
+        _ => open(addr, true),
+    };
+    attempt.map_err(|cause| match cause {
+        Errno::ADDRINUSE => "another program listens there".to_owned(),
+        Errno::ADDRNOTAVAIL => "this machine has no such address".to_owned(),
+        cause => io::Error::from(cause).to_string(),
+    })
+}
+
+fn open(addr: SocketAddr, own_family_only: bool) -> rustix::io::Result<OwnedFd> {
+    let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(family, SocketType::STREAM, flags, None)?;
+    // Connections of the data plane before may still linger.
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    if addr.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, own_family_only)?;
+    }
+    bind(&socket, &addr)?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A port that nobody listens on, at least a moment ago.
+    fn free_port() -> u16 {
+        std::net::TcpListener::bind("[::1]:0").unwrap().local_addr().unwrap().port()
+    }
+
+    #[test]
+    fn an_unspecified_address_serves_both_families() {
+        let port = free_port();
+        let addr = SocketAddr::from(([0, 0, 0, 0], port));
+        let health =
+            HealthSection { listen: config::gateway::Listen(Some(addr)), ..HealthSection::default() };
+        let listener = tcp(addr, health).unwrap();
+        for to in [SocketAddr::from(([127, 0, 0, 1], port)), SocketAddr::from((Ipv6Addr::LOCALHOST, port))] {
+            std::net::TcpStream::connect(to).unwrap();
+        }
+        assert_eq!(tcp(addr, health).unwrap_err(), "another program listens there");
+        drop(listener);
+        tcp(addr, health).unwrap();
+    }
+
+    #[test]
+    fn only_what_the_gateway_file_lets_be_served_is_opened() {
+        let health = HealthSection::default();
+        let at = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        tcp(at(free_port()), health).unwrap();
+        assert!(tcp(at(80), health).unwrap_err().contains("1024"));
+        let no_node_ports = HealthSection { node_ports: false, ..health };
+        assert!(tcp(at(free_port()), no_node_ports).unwrap_err().contains("no port of the health server"));
+        let elsewhere = SocketAddr::from(([192, 0, 2, 1], free_port()));
+        assert_eq!(tcp(elsewhere, health).unwrap_err(), "this machine has no such address");
+    }
 
     #[test]
     fn mode_is_0660_and_the_file_goes_with_the_daemon() {

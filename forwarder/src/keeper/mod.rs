@@ -4,7 +4,7 @@
 //! ```text
 //!            keeper (NET_ADMIN, NET_RAW, BPF, IPC_LOCK)          data plane (nothing)
 //!            UMEMs, AF_XDP sockets, TAPs, flow region ---------> workers, control threads
-//!            steering program: link and maps <--- socket pair --- "add these entries"
+//!            steering program: link and maps <--- socket pair --- "add these entries", "listen there for me"
 //!            heartbeats --------------- shared map ------------- "alive at ..."
 //! ```
 //!
@@ -24,7 +24,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use config::fault::Fault;
-use config::gateway::Gateway;
+use config::gateway::{Gateway, HealthSection};
 use tracing::{info, warn};
 
 use crate::kernel::privileged::{Direct, Privileged};
@@ -45,7 +45,7 @@ pub mod tap;
 
 use manifest::{Inherited, Manifest};
 use ports::Ports;
-use requests::{Reply, Request};
+use requests::{Answer, Reply, Request};
 
 /// Reads the gateway file, sets everything up, and runs the data plane until SIGTERM or SIGINT.
 ///
@@ -83,9 +83,10 @@ pub fn run(file: &Path) -> anyhow::Result<()> {
     let interfaces = manifest.gateway.ports.iter().map(|port| port.interface.clone());
     let mut follow_macs = follow_macs(ports.taps().map(str::to_owned).zip(interfaces).collect());
     let mut watchdog = watchdog();
+    let health = manifest.gateway.health;
     let supervisor = supervise::Supervisor { manifest, heartbeats: &heartbeats, stop };
     supervisor.run(
-        |request| act(&mut ports, &mut neighbors, request),
+        |request| act(&mut ports, &mut neighbors, health, request),
         || notify(sd_notify::NotifyState::Ready),
         || {
             watchdog();
@@ -102,7 +103,7 @@ pub fn run(file: &Path) -> anyhow::Result<()> {
 }
 
 /// Does what the data plane asked for.
-fn act(ports: &mut Ports, neighbors: &mut Direct, request: Request) -> Reply {
+fn act(ports: &mut Ports, neighbors: &mut Direct, health: HealthSection, request: Request) -> Answer {
     let outcome = match request {
         Request::Ready => Ok(Reply::Done),
         Request::SteerContents => {
@@ -117,14 +118,16 @@ fn act(ports: &mut Ports, neighbors: &mut Direct, request: Request) -> Reply {
             .counters()
             .map(|counters| Reply::Counters(counters.to_vec()))
             .map_err(|cause| cause.to_string()),
-        Request::Neighbor { link, addr, care } => {
-            return match neighbors.neighbor(link, addr, care) {
-                Ok(()) => Reply::Done,
-                Err(cause) => Reply::Refused(cause.raw_os_error().unwrap_or(libc::EIO)),
-            };
-        }
+        Request::Neighbor { link, addr, care } => match neighbors.neighbor(link, addr, care) {
+            Ok(()) => Ok(Reply::Done),
+            Err(cause) => Ok(Reply::Refused(cause.raw_os_error().unwrap_or(libc::EIO))),
+        },
+        Request::Listen { addr } => match listen::tcp(addr, health) {
+            Ok(fd) => return Answer { reply: Reply::Listening, fd: Some(fd) },
+            Err(message) => Err(message),
+        },
     };
-    outcome.unwrap_or_else(Reply::Failed)
+    outcome.unwrap_or_else(Reply::Failed).into()
 }
 
 /// Tells systemd, if it listens.

@@ -1,13 +1,20 @@
 //! What the data plane asks of the keeper: the few things that need a privilege.
 //!
-//! JSON lines over a socket pair. The data plane asks, the keeper answers, one at a time. The keeper trusts none of it: a
-//! line is bounded, garbage ends the data plane, and the worst that a valid request can do is to steer packets to workers.
+//! JSON lines over a socket pair. The data plane asks, the keeper answers, one at a time; a descriptor comes along with the answer
+//! that it belongs to. The keeper trusts none of it: a line is bounded, garbage ends the data plane, and the worst that a valid
+//! request can do is to steer packets to workers, and to listen where the gateway file lets it.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::IpAddr;
+use std::io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, PoisonError};
 
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -41,6 +48,11 @@ pub enum Request {
         /// What is asked for it.
         care: Care,
     },
+    /// Listen for TCP clients of the health server. Answer: [`Reply::Listening`] and a descriptor.
+    Listen {
+        /// Where; an unspecified address stands for every address of both families.
+        addr: SocketAddr,
+    },
 }
 
 /// What the keeper answers.
@@ -53,10 +65,27 @@ pub enum Reply {
     Contents(SteerChange),
     /// In the order of [`SteerCounter`](crate::port::xsk::steer::SteerCounter).
     Counters(Vec<u64>),
+    /// The listening socket, which does not block, comes along.
+    Listening,
     /// It could not be done, in words for the operator.
     Failed(String),
     /// The kernel refused it, with this error number.
     Refused(i32),
+}
+
+/// A reply and the descriptor that comes along, if one does.
+#[derive(Debug)]
+pub struct Answer {
+    /// The reply.
+    pub reply: Reply,
+    /// The descriptor; the keeper's copy is closed once it is sent.
+    pub fd: Option<OwnedFd>,
+}
+
+impl From<Reply> for Answer {
+    fn from(reply: Reply) -> Answer {
+        Answer { reply, fd: None }
+    }
 }
 
 /// Why the keeper did not do what it was asked.
@@ -76,22 +105,50 @@ pub enum AskError {
 /// The data plane's end. Any thread; one request at a time.
 #[derive(Debug)]
 pub struct Keeper {
-    stream: Mutex<BufReader<UnixStream>>,
+    stream: Mutex<BufReader<Receiver>>,
+}
+
+/// Receives bytes, and the descriptors that come along.
+#[derive(Debug)]
+struct Receiver {
+    stream: UnixStream,
+    fd: Option<OwnedFd>,
+}
+
+impl Read for Receiver {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut slices = [IoSliceMut::new(buffer)];
+        let received = recvmsg(&self.stream, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                self.fd = fds.last();
+            }
+        }
+        Ok(received.bytes)
+    }
 }
 
 impl Keeper {
     /// `stream`: this process's end of the socket pair.
     pub fn new(stream: UnixStream) -> Keeper {
-        Keeper { stream: Mutex::new(BufReader::new(stream)) }
+        Keeper { stream: Mutex::new(BufReader::new(Receiver { stream, fd: None })) }
     }
 
     fn ask(&self, request: &Request) -> Result<Reply, AskError> {
+        self.ask_for_fd(request).map(|(reply, _)| reply)
+    }
+
+    fn ask_for_fd(&self, request: &Request) -> Result<(Reply, Option<OwnedFd>), AskError> {
         let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        stream.get_mut().write_all(&to_line(request))?;
-        match read_line(&mut *stream)? {
+        stream.get_mut().stream.write_all(&to_line(request))?;
+        let reply = read_line(&mut *stream)?;
+        let fd = stream.get_mut().fd.take();
+        match reply {
             Some(Reply::Failed(message)) => Err(AskError::Failed(message)),
             Some(Reply::Refused(number)) => Err(AskError::Refused(io::Error::from_raw_os_error(number))),
-            Some(reply) => Ok(reply),
+            Some(reply) => Ok((reply, fd)),
             None => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
         }
     }
@@ -135,6 +192,18 @@ impl Keeper {
         match self.ask(&Request::SteerCounters)? {
             Reply::Counters(counters) => Ok(counters),
             _ => Ok(Vec::new()),
+        }
+    }
+
+    /// A socket that listens at `addr` and does not block.
+    ///
+    /// # Errors
+    /// Somebody listens there, this machine has no such address, or the gateway file does not let us.
+    pub fn listen(&self, addr: SocketAddr) -> Result<TcpListener, AskError> {
+        match self.ask_for_fd(&Request::Listen { addr })? {
+            (Reply::Listening, Some(fd)) => Ok(TcpListener::from(fd)),
+            // The kernel leaves a descriptor out that does not fit.
+            _ => Err(AskError::Failed("no descriptor is free; raise LimitNOFILE".to_owned())),
         }
     }
 
@@ -193,7 +262,7 @@ impl Requests {
     ///
     /// # Errors
     /// The data plane is gone, or spoke nonsense.
-    pub fn answer(&mut self, mut act: impl FnMut(Request) -> Reply) -> io::Result<()> {
+    pub fn answer(&mut self, mut act: impl FnMut(Request) -> Answer) -> io::Result<()> {
         let mut chunk = [0; 65_536];
         let count = self.stream.read(&mut chunk)?;
         if count == 0 {
@@ -203,12 +272,23 @@ impl Requests {
         while let Some(end) = self.pending.iter().position(|byte| *byte == b'\n') {
             let request = serde_json::from_slice(&self.pending[..end])?;
             self.pending.drain(..=end);
-            self.stream.write_all(&to_line(&act(request)))?;
+            let Answer { reply, fd } = act(request);
+            self.send(&to_line(&reply), fd.as_ref())?;
         }
         if self.pending.len() as u64 > MAX_LINE_BYTES {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a request of more than 64 MiB"));
         }
         Ok(())
+    }
+
+    fn send(&mut self, line: &[u8], fd: Option<&OwnedFd>) -> io::Result<()> {
+        let Some(fd) = fd else { return self.stream.write_all(line) };
+        let fds = [fd.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+        let sent = sendmsg(&self.stream, &[IoSlice::new(line)], &mut control, SendFlags::NOSIGNAL)?;
+        self.stream.write_all(&line[sent..])
     }
 }
 
@@ -231,14 +311,21 @@ mod tests {
             let mut contents = Contents::default();
             while requests
                 .answer(|request| match request {
-                    Request::Steer(change) if change.len() == 3 => Reply::Failed("full".into()),
+                    Request::Steer(change) if change.len() == 3 => Reply::Failed("full".into()).into(),
                     Request::Steer(change) => {
                         contents.apply(&change);
-                        Reply::Done
+                        Reply::Done.into()
                     }
-                    Request::SteerContents => Reply::Contents(Contents::default().difference(&contents).0),
-                    Request::SteerCounters => Reply::Counters(vec![7, 8]),
-                    _ => Reply::Done,
+                    Request::SteerContents => {
+                        Reply::Contents(Contents::default().difference(&contents).0).into()
+                    }
+                    Request::SteerCounters => Reply::Counters(vec![7, 8]).into(),
+                    Request::Listen { addr } if addr.port() == 1 => Reply::Failed("taken".into()).into(),
+                    Request::Listen { addr } => {
+                        let listener = TcpListener::bind(addr).unwrap();
+                        Answer { reply: Reply::Listening, fd: Some(listener.into()) }
+                    }
+                    _ => Reply::Done.into(),
                 })
                 .is_ok()
             {}
@@ -249,6 +336,15 @@ mod tests {
         assert_eq!(data_plane.steer_contents().unwrap().addresses.len(), 200);
         assert_eq!(data_plane.steer_counters().unwrap(), [7, 8]);
         assert!(matches!(data_plane.steer(a_change(3)), Err(AskError::Failed(message)) if message == "full"));
+        for _ in 0..3 {
+            let listener = data_plane.listen("127.0.0.1:0".parse().unwrap()).unwrap();
+            let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (_, from) = listener.accept().unwrap();
+            assert_eq!(from, client.local_addr().unwrap());
+            assert_eq!(data_plane.steer_counters().unwrap(), [7, 8], "answers without descriptors go on");
+        }
+        let taken = data_plane.listen("127.0.0.1:1".parse().unwrap());
+        assert!(matches!(taken, Err(AskError::Failed(message)) if message == "taken"));
         drop(data_plane);
         keeper.join().unwrap();
     }

@@ -207,6 +207,15 @@ pub fn restrict_control() -> Result<()> {
     apply(EVERYWHERE.iter().chain(CONTROL))
 }
 
+/// Leaves this thread, the health server, what it takes to serve clients on sockets that are given to it: what strangers send is
+/// read here, so there is nothing to be opened from it either.
+///
+/// # Errors
+/// The kernel refused the filter.
+pub fn restrict_health() -> Result<()> {
+    apply(EVERYWHERE.iter().chain(&[libc::SYS_accept4, libc::SYS_shutdown]))
+}
+
 /// Leaves this thread, a worker, what a burst needs: no file, no socket, no thread can be opened from it.
 ///
 /// # Errors
@@ -243,6 +252,23 @@ mod tests {
         });
         let refused = Err(io::ErrorKind::PermissionDenied);
         assert_eq!(opened.join().unwrap(), (refused, refused));
+    }
+
+    #[test]
+    fn the_health_server_can_accept_and_open_nothing() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let outcome = std::thread::spawn(move || {
+            rustix::thread::set_no_new_privs(true).unwrap();
+            restrict_health().unwrap();
+            let accepted = rustix::net::accept_with(&listener, rustix::net::SocketFlags::CLOEXEC).is_ok();
+            let file = std::fs::File::open("/etc/passwd").map(drop).map_err(|error| error.kind());
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0").map(drop).map_err(|error| error.kind());
+            (accepted, file, socket)
+        });
+        let refused = Err(io::ErrorKind::PermissionDenied);
+        assert_eq!(outcome.join().unwrap(), (true, refused, refused));
+        drop(client);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tracing::{error, info, warn};
 
 use super::manifest::{Inherited, Manifest};
-use super::requests::{Reply, Request, Requests};
+use super::requests::{Answer, Reply, Request, Requests};
 use crate::port::xsk::steer::Heartbeats;
 
 /// A worker that has not been heard of for this long is reported.
@@ -140,7 +140,7 @@ impl Supervisor<'_> {
     /// another try would not mend.
     pub fn run(
         mut self,
-        mut act: impl FnMut(Request) -> Reply,
+        mut act: impl FnMut(Request) -> Answer,
         mut on_ready: impl FnMut(),
         mut on_healthy: impl FnMut(),
     ) -> anyhow::Result<Ended> {
@@ -177,7 +177,7 @@ impl Supervisor<'_> {
                 let answered = child.requests.answer(|request| {
                     if matches!(request, Request::Ready) {
                         became_ready = true;
-                        return Reply::Done;
+                        return Reply::Done.into();
                     }
                     act(request)
                 });
