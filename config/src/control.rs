@@ -80,6 +80,8 @@ pub enum Request {
     Stats,
     /// Counters of drop reasons. Answer: [`Reply::Drops`].
     Drops,
+    /// Everything that is measured, for Prometheus. Answer: [`Reply::Metrics`].
+    Metrics,
     /// Lists flows. Answer: [`Reply::Item`] with [`Item::Flow`]..., [`Reply::End`].
     Flows {
         /// Which flows.
@@ -305,6 +307,11 @@ pub enum Reply {
     Stats(Stats),
     /// To `drops`.
     Drops(Drops),
+    /// To `metrics`.
+    Metrics {
+        /// In the OpenMetrics text format.
+        text: String,
+    },
     /// To `count_flows` and `flush_flows`.
     FlowCount {
         /// How many flows matched.

@@ -16,6 +16,7 @@ mod diff;
 mod drops;
 mod explain;
 mod get;
+mod metrics;
 mod stats;
 mod status;
 mod trace;
@@ -123,6 +124,8 @@ enum Command {
     Stats(stats::Args),
     /// Show why packets were dropped or answered
     Drops(drops::Args),
+    /// Show everything that is measured, for Prometheus: what the health server serves as /metrics
+    Metrics,
     /// List, count or remove flows
     Flows(flow::Args),
     /// Explain what would happen to a packet on the running daemon, changing nothing
@@ -176,6 +179,7 @@ fn run(global: &Global, command: Command) -> Result<Ending> {
         Command::Status(args) => status::run(global, &args),
         Command::Stats(args) => stats::run(global, &args),
         Command::Drops(args) => drops::run(global, &args),
+        Command::Metrics => metrics::run(global),
         Command::Flows(args) => flow::run(global, &args),
         Command::Trace(args) => trace::run(global, &args),
         Command::Completions { shell } => {

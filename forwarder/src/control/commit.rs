@@ -17,7 +17,8 @@ use crossbeam::channel::{Receiver, RecvTimeoutError};
 
 use super::compile::cleanup::UdpCleanup;
 use super::compile::{Compilation, identities};
-use super::health::{Event, Watch, monotonic_ns};
+use super::health::update::Update;
+use super::health::{Event, Watch, monotonic_ns, wall_clock};
 use super::persist::{PersistError, SnapshotJob, StateDir};
 use super::publish::look_again_after;
 use super::restore;
@@ -49,6 +50,8 @@ const CHANGES_BYTES: usize = 1 << 20;
 
 /// A complete change and the duty to answer it.
 pub struct Job {
+    /// When it was handed in, nanoseconds of CLOCK_MONOTONIC.
+    pub since_ns: u64,
     /// The change as it was sent.
     pub transaction: Transaction,
     /// Who waits.
@@ -57,6 +60,7 @@ pub struct Job {
 
 /// A change that is in the state but not published yet.
 struct Member {
+    since_ns: u64,
     ticket: Ticket,
     accepted: Accepted,
 }
@@ -158,7 +162,8 @@ impl Committer {
         compilation.steering_changed = true;
         compilation.routes_changed = true;
         committer.grow(&world, &compilation)?;
-        committer.publish(&world, compilation);
+        let update = Update::of_everything(committer.generation + 1, monotonic_ns());
+        committer.publish(&world, compilation, update);
         drop(world);
         if committer.dir.needs_rotation() {
             committer.rotate();
@@ -179,6 +184,8 @@ impl Committer {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
+            self.shared.health.beat_commit();
+            self.follow_updates();
             self.answer_waiters();
             self.settle();
             self.clean_up();
@@ -214,9 +221,9 @@ impl Committer {
         let mut world = shared.write_world();
         let mut members = Vec::new();
         // What holds staging memory is dropped at the end of each round.
-        for Job { transaction, ticket } in jobs {
+        for Job { since_ns, transaction, ticket } in jobs {
             match self.stage(&mut world, transaction, !members.is_empty()) {
-                Ok(Verdict::Keep(accepted)) => members.push(Member { ticket, accepted }),
+                Ok(Verdict::Keep(accepted)) => members.push(Member { since_ns, ticket, accepted }),
                 Ok(Verdict::Answer(committed)) => ticket.answer(Reply::Committed(*committed)),
                 Err(refusal) => ticket.answer(refused(refusal)),
             }
@@ -235,10 +242,12 @@ impl Committer {
             }
             return;
         }
-        self.publish(&world, compilation);
+        let since_ns = members.iter().map(|member| member.since_ns).min().unwrap_or_else(monotonic_ns);
+        let update = Update::of(self.generation + 1, since_ns, &touched, shared.health.started);
+        self.publish(&world, compilation, update);
         drop(world);
         let unsynced = self.dir.sync().err().map(|error| self.storage_fault(&error));
-        for Member { ticket, accepted } in members {
+        for Member { ticket, accepted, .. } in members {
             let mut committed = Committed {
                 generation: self.generation,
                 changes: accepted.changes,
@@ -346,8 +355,8 @@ impl Committer {
         }
     }
 
-    /// Makes a compilation the newest generation.
-    fn publish(&mut self, world: &World, compilation: Compilation) {
+    /// Makes a compilation the newest generation. `update`: what is followed of it.
+    fn publish(&mut self, world: &World, compilation: Compilation, update: Update) {
         self.generation += 1;
         debug_assert_eq!(compilation.tables.generation, self.generation);
         // Routes first: a Service must not be served before its endpoints can be reached.
@@ -358,6 +367,8 @@ impl Committer {
             (self.routes)(Wanted { pod_routes, endpoints: endpoints.collect() });
         }
         self.shared.publisher.publish_tables(compilation.tables);
+        self.shared.health.updates().published(update);
+        self.shared.health.set_tables(world.compiler.health());
         self.published = Instant::now();
         self.is_settled = false;
         self.cleanup.merge(compilation.udp_cleanup);
@@ -387,6 +398,20 @@ impl Committer {
         let in_force = self.shared.publisher.in_force(committed.generation);
         committed.workers_in_force = in_force.workers as u32;
         committed.workers = in_force.of as u32;
+    }
+
+    /// Measures the generations that have come into force everywhere.
+    fn follow_updates(&mut self) {
+        let health = &self.shared.health;
+        if health.updates().is_settled() {
+            return;
+        }
+        let workers = self.shared.publisher.workers();
+        let in_force = workers.iter().map(|worker| worker.in_force()).min().unwrap_or_default();
+        let now = wall_clock();
+        for update in health.updates().in_force(in_force, now) {
+            self.shared.metrics.observe(&update, monotonic_ns(), now);
+        }
     }
 
     /// Answers those whose generation is in force everywhere, and those who have waited long enough.
@@ -499,8 +524,9 @@ impl Committer {
         world.compiler.set_own_addresses(self.own.ports.clone());
         let mut compilation = self.compile(&mut world, &[]);
         compilation.steering_changed = true;
+        let update = Update::of_everything(self.generation + 1, monotonic_ns());
         match self.grow(&world, &compilation) {
-            Ok(()) => self.publish(&world, compilation),
+            Ok(()) => self.publish(&world, compilation, update),
             Err(fault) => self.shared.problem("steering", fault),
         }
     }

@@ -1,10 +1,36 @@
-//! Watches the heartbeats of workers: one without progress for 100 ms is seen and reported.
+//! How the gateway is. Here the heartbeats of workers are watched: one without progress for 100 ms is seen and reported.
+//!
+//! What load balancers and Kubernetes are told of it, in this order: [`update`] follows changes on their way into force, [`verdict`]
+//! judges and writes the answers, [`server`] serves them by [`http`], for [`Health`], which the threads share, and [`Probes`].
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use config::fault::{Code, Fault};
+use k8s_openapi::jiff::Timestamp;
+use rustix::event::{EventfdFlags, eventfd};
 
+use super::compile::health::HealthTables;
 use super::publish::WorkerLink;
+use super::{Shared, metrics};
+use crate::addr::Addr;
+
+pub mod http;
+pub mod server;
+pub mod update;
+pub mod verdict;
+
+use http::{Response, Status};
+use server::{Backend, Target};
+use update::Updates;
+use verdict::Verdict;
+
+/// Service packets of a worker whose last heartbeat is older than this are dropped by the steering program (`heartbeat_max_ns` in
+/// steer.bpf.c): it does not live.
+pub const DEAD_AFTER_NS: u64 = 1_000_000_000;
 
 /// A worker whose last heartbeat is older than this is stuck. A sleeping worker beats every 50 ms.
 pub const STUCK_AFTER_NS: u64 = 100_000_000;
@@ -21,6 +47,12 @@ pub fn monotonic_ns() -> u64 {
 /// Seconds of CLOCK_MONOTONIC, the clock of flows.
 pub fn monotonic_s() -> u32 {
     (monotonic_ns() / 1_000_000_000) as u32
+}
+
+/// The time by the clock of the cluster, which may jump: for people and for what others have written down, never for a timeout.
+pub fn wall_clock() -> Timestamp {
+    let since = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
+    Timestamp::new(since.as_secs() as i64, since.subsec_nanos() as i32).unwrap_or(Timestamp::UNIX_EPOCH)
 }
 
 /// How long ago the worker's last heartbeat was, nanoseconds; `None` before its first one.
@@ -115,6 +147,161 @@ pub fn problems(workers: &[Arc<WorkerLink>], now_ns: u64) -> Vec<Fault> {
         );
     }
     problems
+}
+
+/// What the health server and the threads of control share.
+#[derive(Debug)]
+pub struct Health {
+    /// When this process began, for what happened before it.
+    pub started: Timestamp,
+    tables: Mutex<Arc<HealthTables>>,
+    updates: Mutex<Updates>,
+    commit_beat_ns: AtomicU64,
+    changed: OwnedFd,
+}
+
+impl Health {
+    /// Of a gateway that has nothing to tell yet.
+    ///
+    /// # Errors
+    /// No descriptor is free.
+    pub fn new() -> std::io::Result<Health> {
+        Ok(Health {
+            started: wall_clock(),
+            tables: Mutex::default(),
+            updates: Mutex::default(),
+            commit_beat_ns: AtomicU64::new(monotonic_ns()),
+            changed: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        })
+    }
+
+    /// What is told of the newest generation.
+    pub fn tables(&self) -> Arc<HealthTables> {
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Tells of a new generation. Costs nothing if there is nothing new to tell.
+    pub fn set_tables(&self, tables: &Arc<HealthTables>) {
+        let mut current = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        if !Arc::ptr_eq(&current, tables) {
+            *current = tables.clone();
+            drop(current);
+            // The only error is a full counter, and then the server has been woken already.
+            let _ = rustix::io::write(&self.changed, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// Changes on their way. Held for a moment only.
+    pub fn updates(&self) -> MutexGuard<'_, Updates> {
+        self.updates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Commit thread: it makes progress.
+    pub fn beat_commit(&self) {
+        self.commit_beat_ns.store(monotonic_ns(), Ordering::Relaxed);
+    }
+
+    /// When the commit thread last made progress, nanoseconds of CLOCK_MONOTONIC.
+    pub fn commit_beat_ns(&self) -> u64 {
+        self.commit_beat_ns.load(Ordering::Relaxed)
+    }
+}
+
+/// Opens a socket that listens at an address and does not block. Errors are words for the operator.
+pub type Open = Box<dyn Fn(SocketAddr) -> Result<TcpListener, String> + Send>;
+
+/// What the health server serves.
+pub struct Probes {
+    shared: Arc<Shared>,
+    open: Open,
+}
+
+impl Probes {
+    /// `open`: the keeper's part.
+    pub fn new(shared: Arc<Shared>, open: Open) -> Probes {
+        Probes { shared, open }
+    }
+
+    fn gateway(&self, path: &str) -> Response {
+        let shared = &self.shared;
+        let count = |response: Response, probe: metrics::Probe| {
+            shared.metrics.count_probe(probe, response.status.0);
+            response
+        };
+        match path {
+            "/healthz" => {
+                let is_leaving = shared.health.tables().node_is_leaving;
+                let answer = Verdict::of(shared).healthz(is_leaving, wall_clock());
+                count(answer, metrics::Probe::Healthz)
+            }
+            "/livez" => count(Verdict::of(shared).livez(wall_clock()), metrics::Probe::Livez),
+            "/metrics" if shared.gateway.health.metrics => {
+                Response::new(Status::OK, metrics::MEDIA_TYPE, metrics::text(shared))
+            }
+            _ => Response::refusal(
+                Status::NOT_FOUND,
+                "here are /healthz, /livez and, unless switched off, /metrics",
+            ),
+        }
+    }
+}
+
+impl Backend for Probes {
+    fn targets(&self) -> BTreeMap<SocketAddr, Target> {
+        let section = &self.shared.gateway.health;
+        let mut targets: BTreeMap<_, _> =
+            section.listen.0.into_iter().map(|addr| (addr, Target::Gateway)).collect();
+        if section.node_ports {
+            for (service, check) in &self.shared.health.tables().checks {
+                let at = |addr: &Addr| SocketAddr::new(IpAddr::from(*addr), check.port);
+                let target = || Target::Service(service.clone());
+                targets.extend(check.addresses.iter().map(|addr| (at(addr), target())));
+            }
+        }
+        targets
+    }
+
+    fn changed(&self) -> BorrowedFd<'_> {
+        self.shared.health.changed.as_fd()
+    }
+
+    fn clear_changed(&self) {
+        // EAGAIN: nothing has changed.
+        let _ = rustix::io::read(&self.shared.health.changed, &mut [0; 8]);
+    }
+
+    fn listen(&self, addr: SocketAddr) -> Result<TcpListener, String> {
+        (self.open)(addr)
+    }
+
+    fn note_failures(&self, failures: &[(SocketAddr, String)]) {
+        let Some((addr, why)) = failures.first() else { return self.shared.solved("health") };
+        let others = match failures.len() - 1 {
+            0 => String::new(),
+            n => format!(", and {n} more"),
+        };
+        let fault =
+            Fault::new(Code::Other, format!("the health server cannot listen at {addr}: {why}{others}"));
+        let fault = if self.shared.gateway.health.listen.0 == Some(*addr) {
+            fault.field("health.listen").value(addr).remedy("free the port, or choose another or \"off\"")
+        } else {
+            fault.remedy("give the Service another healthCheckNodePort, or see [gateway] nodeport_addresses")
+        };
+        tracing::warn!("{fault}");
+        self.shared.problem("health", fault);
+    }
+
+    fn respond(&self, target: &Target, at: SocketAddr, path: &str) -> Response {
+        let Target::Service(service) = target else { return self.gateway(path) };
+        match self.shared.health.tables().checks.get(service) {
+            Some(check) => {
+                let family = Addr::from(at.ip().to_canonical()).family();
+                Verdict::of(&self.shared).service(service, check, family)
+            }
+            // It is gone since the client connected.
+            None => Response::refusal(Status::NOT_FOUND, "the Service has no healthCheckNodePort any more"),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! Two threads do it. `control` runs the socket's poll loop ([`socket`]) and answers questions ([`request`]); `commit`
 //! makes changes, one generation after the other ([`commit`]). They share [`Shared`]. Workers meet neither: they read what
-//! [`publish`] holds, and their heartbeats are read by [`health`].
+//! [`publish`] holds, and their heartbeats are read by [`health`], whose server is a third thread, started by the data plane.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -39,10 +39,13 @@ pub mod restore;
 pub mod flow;
 pub mod forwarding;
 pub mod health;
+pub mod metrics;
 pub mod rings;
 
 use commit::{Committer, Job};
 use compile::Compiler;
+use health::Health;
+use metrics::Metrics;
 use persist::StateDir;
 use publish::Publisher;
 use request::Desk;
@@ -157,6 +160,10 @@ pub struct Shared {
     pub socket_counters: SocketCounters,
     /// How often the keeper had to start the data plane again.
     pub restarts: u32,
+    /// What the health server tells.
+    pub health: Health,
+    /// What is measured for Prometheus.
+    pub metrics: Metrics,
     started: Instant,
     /// Written by the commit thread only.
     world: RwLock<World>,
@@ -214,6 +221,7 @@ impl Shared {
 /// The running threads of control. Dropping it stops them.
 pub struct Control {
     outbox: Arc<Outbox>,
+    shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -272,6 +280,8 @@ impl Control {
             ports: parts.ports,
             socket_counters: parts.socket_counters,
             restarts: parts.restarts,
+            health: Health::new()?,
+            metrics: Metrics::default(),
             started: Instant::now(),
             world: RwLock::new(World { state, compiler }),
             problems: Mutex::default(),
@@ -282,7 +292,7 @@ impl Control {
             .map_err(ControlError::Restore)?;
         let (jobs, waiting) = crossbeam::channel::unbounded::<Job>();
         let outbox = Arc::new(Outbox::new()?);
-        let desk = Desk::new(shared, jobs, parts.flow_worker, parts.affinity_worker);
+        let desk = Desk::new(shared.clone(), jobs, parts.flow_worker, parts.affinity_worker);
         let limits = Limits {
             clients: gateway.control.max_clients as usize,
             staging_bytes: gateway.control.staging_bytes as usize,
@@ -302,7 +312,12 @@ impl Control {
                 }
             }),
         )?;
-        Ok(Control { outbox, threads: vec![control, commit] })
+        Ok(Control { outbox, shared, threads: vec![control, commit] })
+    }
+
+    /// What the health server serves. `open`: opens a socket that listens.
+    pub fn probes(&self, open: health::Open) -> health::Probes {
+        health::Probes::new(self.shared.clone(), open)
     }
 }
 

@@ -21,7 +21,7 @@ use super::flow::{Filter, ServiceNames, Walk, service_names};
 use super::health::{monotonic_ns, monotonic_s};
 use super::socket::{Answer, Backend, Dump, Ticket, Transaction};
 use super::state::{Entry, State};
-use super::{Shared, World};
+use super::{Shared, World, metrics};
 use crate::addr::protocol;
 use crate::explain::{Explainer, View};
 use crate::stats::{Counter, sum};
@@ -163,6 +163,7 @@ impl Backend for Desk {
                 let drops = Drops { reasons: self.drops(), rings: self.shared.ring_losses() };
                 Reply::Drops(drops).into()
             }
+            Request::Metrics => Reply::Metrics { text: metrics::text(&self.shared) }.into(),
             Request::Flows { filter, limit } => walk(
                 self.walk(&filter)
                     .map(|walk| Box::new(walk.rows(limit.unwrap_or(u64::MAX), monotonic_s())) as Dump),
@@ -186,7 +187,7 @@ impl Backend for Desk {
 
     fn commit(&self, transaction: Transaction, ticket: Ticket) {
         // The commit thread lives as long as this sender; otherwise the ticket, dropped, answers.
-        let _ = self.jobs.send(Job { transaction, ticket });
+        let _ = self.jobs.send(Job { since_ns: monotonic_ns(), transaction, ticket });
     }
 }
 

@@ -24,6 +24,7 @@ use super::ports::socket_config;
 use super::requests::Keeper;
 use super::sandbox;
 use super::supervise::monotonic_ns;
+use crate::control::health::server::{self, Limits};
 use crate::control::publish::Publisher;
 use crate::control::{Control, ControlParts, PortInfo};
 use crate::kernel::mirror::{Mirror, MirrorConfig};
@@ -75,7 +76,7 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
     let publisher = Publisher::new(workers).context("making the workers' eventfds")?;
     let mirror = start_mirror(gateway, &publisher, keeper.clone())?;
     let wanted = mirror.clone();
-    let _control = Control::start(ControlParts {
+    let control = Control::start(ControlParts {
         gateway: Arc::new(gateway.clone()),
         listener,
         group: manifest.control_group,
@@ -119,6 +120,7 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
         thread::sleep(Duration::from_micros(100));
     }
     keeper.ready()?;
+    start_health(&control, keeper)?;
     for thread in threads {
         // They end only if something is wrong; the keeper starts everything again then.
         thread.join().map_err(|_| anyhow::anyhow!("a worker panicked outside of a burst"))??;
@@ -180,6 +182,24 @@ fn start_worker(
     };
     let name = format!("towpath-work{index}");
     thread::Builder::new().name(name).spawn(run).context("starting a worker")
+}
+
+/// Starts the health server, now that there is something to be told. It ends with the process.
+fn start_health(control: &Control, keeper: Arc<Keeper>) -> Result<()> {
+    let open = move |addr| keeper.listen(addr).map_err(|error| error.to_string());
+    let probes = control.probes(Box::new(open));
+    let run = move || {
+        let served = sandbox::restrict_health()
+            .and_then(|()| Ok(server::serve(&probes, Limits::default(), &AtomicBool::new(false))?));
+        if let Err(error) = served {
+            tracing::error!("health is not served any more: {error:#}");
+        }
+    };
+    thread::Builder::new()
+        .name("towpath-health".to_owned())
+        .spawn(run)
+        .context("starting the health server")?;
+    Ok(())
 }
 
 /// The flow table, with the connections of the process before.
