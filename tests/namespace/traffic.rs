@@ -3,7 +3,7 @@
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
-use tests::cluster::{Cluster, SNAT_VIP, VIP, VIP6, slices};
+use tests::cluster::{Cluster, GATEWAY, SNAT_VIP, VIP, VIP6, slices};
 use tests::length;
 
 /// Packets of connections that both ends have closed come too late for their flow.
@@ -64,7 +64,9 @@ fn iperf_over_tcp_and_udp_in_both_families() {
 
 #[test]
 fn a_small_mtu_behind_the_client_is_learned() {
-    let cluster = Cluster::new("mtu", 1).unwrap();
+    // Without clamping, which would keep the ends from having to learn.
+    let config = GATEWAY.replace("return = \"routed\"", "return = \"routed\"\nmss_clamp = \"off\"");
+    let cluster = Cluster::with("mtu", 1, &config).unwrap();
     // The way to the client takes 1280 bytes, and neither end knows: segments beyond are answered with the MTU.
     cluster.gateway.ip("link set g0 mtu 1280").unwrap();
     std::thread::sleep(Duration::from_millis(300));
@@ -78,6 +80,23 @@ fn a_small_mtu_behind_the_client_is_learned() {
     let told = cluster.daemon().drops().unwrap().get("packet_too_big").copied();
     assert!(told.is_some_and(|told| told >= 2), "the MTU was told {told:?} times");
     cluster.finish(&["no_flow", "packet_too_big"]).unwrap();
+}
+
+#[test]
+fn clamped_connections_need_not_learn_of_a_small_mtu() {
+    let cluster = Cluster::new("mss", 1).unwrap();
+    cluster.gateway.ip("link set g0 mtu 1280").unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    for url in [format!("http://{VIP}/big"), format!("http://[{VIP6}]/big"), format!("http://{SNAT_VIP}/big")]
+    {
+        let start = Instant::now();
+        let size =
+            cluster.curl(&["-o", "/dev/null", "-w", "%{size_download}", "--max-time", "60", &url]).unwrap();
+        assert_eq!(size, "20000000", "{url}");
+        println!("{url} over 1280 bytes: {:?}", start.elapsed());
+    }
+    // Nobody was told the MTU: packet_too_big is not among the reasons.
+    cluster.finish(LATE).unwrap();
 }
 
 #[test]

@@ -11,6 +11,7 @@ pub mod gateway;
 pub mod ledger;
 pub mod length;
 pub mod marker;
+pub mod metrics;
 pub mod namespace;
 pub mod oracle;
 pub mod probe;
