@@ -258,7 +258,7 @@ fn healthz_and_livez_are_those_of_kube_proxy() {
 #[test]
 fn nothing_is_served_that_is_switched_off() {
     let off = format!("{GATEWAY}\n[health]\nlisten = \"off\"\nnode_ports = false\n");
-    let cluster = Cluster::with("off", 1, &off).unwrap();
+    let cluster = Cluster::with("off", 1, 1, &off).unwrap();
     let daemon = cluster.daemon();
     daemon.apply(&[checked("web", 30, 32_000, "Local"), slice("web", &[(1, READY)])].concat()).unwrap();
     std::thread::sleep(Duration::from_millis(300));

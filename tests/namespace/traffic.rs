@@ -66,7 +66,7 @@ fn iperf_over_tcp_and_udp_in_both_families() {
 fn a_small_mtu_behind_the_client_is_learned() {
     // Without clamping, which would keep the ends from having to learn.
     let config = GATEWAY.replace("return = \"routed\"", "return = \"routed\"\nmss_clamp = \"off\"");
-    let cluster = Cluster::with("mtu", 1, &config).unwrap();
+    let cluster = Cluster::with("mtu", 1, 1, &config).unwrap();
     // The way to the client takes 1280 bytes, and neither end knows: segments beyond are answered with the MTU.
     cluster.gateway.ip("link set g0 mtu 1280").unwrap();
     std::thread::sleep(Duration::from_millis(300));
