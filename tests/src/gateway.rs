@@ -41,6 +41,15 @@ pub struct Towpathd {
     resources: Resources,
     /// How often the test killed the data plane.
     kills: AtomicU32,
+    seen: Seen,
+}
+
+/// What the last check has judged; the next one judges what came since.
+#[derive(Debug, Default)]
+struct Seen {
+    log_bytes: usize,
+    drops: BTreeMap<String, u64>,
+    data_plane: Option<u32>,
 }
 
 /// What a process must not collect while packets flow.
@@ -74,6 +83,7 @@ impl Towpathd {
             namespace: name,
             resources: nothing,
             kills: AtomicU32::new(0),
+            seen: Seen::default(),
         };
         daemon.wait_until_ready()?;
         Ok(daemon)
@@ -144,6 +154,13 @@ impl Towpathd {
         self.ctl(&["apply", "-f", &file.to_string_lossy()])
     }
 
+    /// Makes these manifests the whole state, in one change: what is not among them goes.
+    pub fn replace(&self, manifests: &str) -> Result<String> {
+        let file = self.file("replace.yaml");
+        std::fs::write(&file, manifests)?;
+        self.ctl(&["apply", "--prune", "-f", &file.to_string_lossy()])
+    }
+
     /// Counters, of the data plane that runs now.
     pub fn stats(&self) -> Result<Stats> {
         serde_json::from_str(&self.ctl(&["stats", "-o", "json"])?).context("stats -o json")
@@ -183,6 +200,8 @@ impl Towpathd {
             // The data plane may have ended with its keeper already.
             let _ = kill(victim);
         }
+        // The log begins anew.
+        self.seen = Seen::default();
         self.process = Process::start(
             namespace,
             &binary("towpathd")?.to_string_lossy(),
@@ -198,18 +217,39 @@ impl Towpathd {
         Ok(())
     }
 
-    /// The checks that every test ends with, and a clean stop. `allowed`: drop reasons that the test gives.
+    /// The checks that hold at any time while no packet moves, over what came since the last of them. `allowed`: drop reasons
+    /// that the test gives.
     ///
     /// - A1: every packet received was forwarded, answered, punted, held or dropped for a reason, exactly.
     /// - A2: every frame is somewhere, exactly, and no descriptor was refused by the kernel or by us.
     /// - A3: the log has no panic and no error.
-    /// - A4: descriptors and threads as after warm-up, memory within reach of it.
     /// - A5: only drop reasons on the list.
-    pub fn finish(mut self, allowed: &[&str]) -> Result<()> {
+    pub fn check(&mut self, allowed: &[&str]) -> Result<()> {
         let stats = self.settled()?;
         conserved(&stats)?;
         nothing_refused(&self.status()?)?;
         self.every_frame_is_somewhere()?;
+        self.clean_log()?;
+        // A data plane counts from its start.
+        let data_plane = self.data_plane();
+        if self.seen.data_plane != data_plane {
+            self.seen.drops.clear();
+        }
+        let drops = self.drops()?;
+        let before = std::mem::replace(&mut self.seen.drops, drops.clone());
+        self.seen.data_plane = data_plane;
+        for (reason, count) in drops {
+            let new = count - before.get(&reason).copied().unwrap_or(0);
+            ensure!(new == 0 || allowed.contains(&reason.as_str()), "A5: {new} packets dropped for {reason}");
+        }
+        Ok(())
+    }
+
+    /// The checks that every test ends with, and a clean stop: those of [`Towpathd::check`], and
+    ///
+    /// - A4: descriptors and threads as after warm-up, memory within reach of it.
+    pub fn finish(mut self, allowed: &[&str]) -> Result<()> {
+        self.check(allowed)?;
         if self.resources.descriptors > 0 {
             let (before, now) = (self.resources, self.measure()?);
             ensure!(
@@ -219,33 +259,40 @@ impl Towpathd {
             let grown = now.resident_kib.saturating_sub(before.resident_kib);
             ensure!(grown <= 8 * 1024, "A4: memory grew by {grown} KiB");
         }
-        for (reason, count) in self.drops()? {
-            ensure!(allowed.contains(&reason.as_str()), "A5: {count} packets dropped for {reason}");
-        }
         self.process.signal(Signal::TERM)?;
         let status = self.process.wait(PATIENCE)?;
         ensure!(status.success(), "the daemon ended with {status}:\n{}", self.log());
-        let mut kills = self.kills.load(Ordering::Relaxed);
-        for line in self.log().lines() {
+        self.clean_log()
+    }
+
+    /// A3, over what was logged since the last time.
+    fn clean_log(&mut self) -> Result<()> {
+        let log = self.log();
+        // The last line may be half written.
+        let end = log.rfind('\n').map_or(0, |end| end + 1);
+        for line in log.get(self.seen.log_bytes..end).unwrap_or(&log).lines() {
             let bad =
                 ["panicked", " ERROR ", "BUG", "stack backtrace"].iter().any(|word| line.contains(word));
             // A data plane that the test killed is reported as dead, once for each time.
-            if kills > 0 && line.contains("data plane died (signal: 9 (SIGKILL))") {
-                kills -= 1;
+            if line.contains("data plane died (signal: 9 (SIGKILL))") && *self.kills.get_mut() > 0 {
+                *self.kills.get_mut() -= 1;
                 continue;
             }
-            ensure!(!bad, "A3: the log says: {line}\n{}", self.log());
+            ensure!(!bad, "A3: the log says: {line}\n{log}");
         }
+        self.seen.log_bytes = end;
         Ok(())
     }
 
     /// Counters once no packet moves any more.
     fn settled(&self) -> Result<Stats> {
+        // Workers count their sleeps, too, when nothing moves.
+        let moved = |stats: &Stats| (total(stats, "rx_packets"), total(stats, "tx_packets"));
         let mut last = self.stats()?;
         for _ in 0..100 {
             std::thread::sleep(Duration::from_millis(50));
             let now = self.stats()?;
-            if now.totals == last.totals && conserved(&now).is_ok() {
+            if moved(&now) == moved(&last) && conserved(&now).is_ok() {
                 return Ok(now);
             }
             last = now;
@@ -298,12 +345,10 @@ impl Drop for Towpathd {
 
 /// A1: received packets are those forwarded, answered, punted, held and dropped.
 fn conserved(stats: &Stats) -> Result<()> {
-    let total =
-        |name: &str| stats.totals.iter().find(|count| count.name == name).map_or(0, |count| count.value);
     let reasons: u64 = stats.drops.iter().map(|count| count.value).sum();
     // A packet that was answered has a reason too, so that answers are counted among the reasons.
-    let ended = total("forwarded") + total("punted") + reasons;
-    let received = total("rx_packets");
+    let ended = total(stats, "forwarded") + total(stats, "punted") + reasons;
+    let received = total(stats, "rx_packets");
     ensure!(received == ended, "A1: {received} packets received, {ended} ended: {stats:#?}");
     Ok(())
 }
@@ -319,6 +364,10 @@ fn nothing_refused(status: &Status) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn total(stats: &Stats, name: &str) -> u64 {
+    stats.totals.iter().find(|count| count.name == name).map_or(0, |count| count.value)
 }
 
 /// The gateway file with the paths of this run.
