@@ -15,6 +15,7 @@ mod scenario;
 mod table;
 mod test;
 
+mod conntrack;
 mod services;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,7 +30,7 @@ use test::Test;
 
 /// Every group, in the order of the table.
 fn groups() -> Vec<&'static Group> {
-    [services::GROUPS].into_iter().flatten().collect()
+    [services::GROUPS, conntrack::GROUPS].into_iter().flatten().collect()
 }
 
 /// A scenario that is to run.
