@@ -16,6 +16,7 @@ mod table;
 mod test;
 
 mod conntrack;
+mod load_balancers;
 mod services;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -30,7 +31,7 @@ use test::Test;
 
 /// Every group, in the order of the table.
 fn groups() -> Vec<&'static Group> {
-    [services::GROUPS, conntrack::GROUPS].into_iter().flatten().collect()
+    [services::GROUPS, conntrack::GROUPS, load_balancers::GROUPS].into_iter().flatten().collect()
 }
 
 /// A scenario that is to run.
