@@ -1,10 +1,10 @@
 //! Conntrack and KubeProxy: what becomes of flows when their pods go, and of connections that are half over or attacked.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use config::control::FlowRow;
 use etherparse::TcpHeader;
 use rustix::net::{AddressFamily, RawProtocol, SendFlags, SocketFlags, SocketType, sendto, socket_with};
@@ -97,35 +97,37 @@ pub fn cycle(test: &mut Test, clients: &[Place], to: &[SocketAddr], nodes: [&str
         }
     }
     let stop = AtomicBool::new(false);
+    let made: Vec<AtomicU32> = sockets.iter().map(|_| AtomicU32::new(0)).collect();
     std::thread::scope(|scope| {
-        let spawn = |(name, socket)| (name, scope.spawn(|| stream(socket, &stop)));
-        let streams: Vec<_> = sockets.into_iter().map(spawn).collect();
+        let stop = &stop;
+        let spawn = |((name, socket), made)| (name, scope.spawn(move || stream(&socket, made, stop)));
+        let streams: Vec<_> = sockets.into_iter().zip(&made).map(spawn).collect();
         let changes = (|| {
-            let moment = || {
-                std::thread::sleep(Duration::from_millis(150));
-                Instant::now()
-            };
             let begin = Instant::now();
-            let refused = moment();
+            let refused = some_more(&made)?;
             test.start(backend("pod-server-1", nodes[0]))?;
             let first = Instant::now();
-            moment();
+            some_more(&made)?;
             test.start(backend("pod-server-2", nodes[1]))?;
-            let first_end = moment();
+            let first_end = some_more(&made)?;
             test.delete("pod-server-1")?;
             let second = Instant::now();
-            let end = moment();
-            Ok([
+            let end = some_more(&made)?;
+            let phases: [Phase; 3] = [
                 (begin, refused, None),
                 (first, first_end, Some("pod-server-1")),
                 (second, end, Some("pod-server-2")),
-            ])
+            ];
+            Ok(phases)
         })();
         stop.store(true, Ordering::Relaxed);
-        let streams: Vec<_> = streams.into_iter().map(|(name, stream)| (name, stream.join())).collect();
-        let changes: [Phase; 3] = changes.map_err(|error: anyhow::Error| error)?;
-        for (name, requests) in streams {
-            let requests = requests.map_err(|_| anyhow::anyhow!("{name}: panicked"))??;
+        let mut requests = Vec::new();
+        for (name, stream) in streams {
+            let made = stream.join().unwrap_or_else(|_| Err(anyhow!("panicked")));
+            requests.push((made.with_context(|| name.clone())?, name));
+        }
+        let changes = changes.map_err(|error: anyhow::Error| error)?;
+        for (requests, name) in requests {
             for phase in &changes {
                 judge(&requests, phase).with_context(|| name.clone())?;
             }
@@ -134,18 +136,30 @@ pub fn cycle(test: &mut Test, clients: &[Place], to: &[SocketAddr], nodes: [&str
     })
 }
 
+/// Waits until every stream has made some requests that were sent from now on. Returns the moment.
+fn some_more(made: &[AtomicU32]) -> Result<Instant> {
+    let enough: Vec<u32> = made.iter().map(|made| made.load(Ordering::Relaxed) + 10).collect();
+    let start = Instant::now();
+    while made.iter().zip(&enough).any(|(made, enough)| made.load(Ordering::Relaxed) < *enough) {
+        ensure!(start.elapsed() < PATIENCE, "no answer comes any more");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(Instant::now())
+}
+
 /// From when to when, and who must answer what is sent then; `None`: it must be refused.
 type Phase = (Instant, Instant, Option<&'static str>);
 
 /// A request: when it was sent, and what became of it.
 type Request = (Instant, Outcome);
 
-fn stream(socket: Datagrams, stop: &AtomicBool) -> Result<Vec<Request>> {
+fn stream(socket: &Datagrams, made: &AtomicU32, stop: &AtomicBool) -> Result<Vec<Request>> {
     let mut requests = Vec::new();
     while !stop.load(Ordering::Relaxed) {
         let sent = Instant::now();
         // Short, since a request may be lost while its pod is replaced, and the next one shall come soon.
         requests.push((sent, socket.ask(Duration::from_millis(500))?));
+        made.fetch_add(1, Ordering::Relaxed);
         std::thread::sleep(Duration::from_millis(3));
     }
     Ok(requests)
@@ -234,7 +248,7 @@ fn inject(server: &Place, from: SocketAddr, to: SocketAddr, make: fn(&mut TcpHea
             header.checksum = header.calc_checksum_ipv6_raw(from.octets(), to.octets(), payload)?;
             AddressFamily::INET6
         }
-        _ => anyhow::bail!("{from} and {to} are of different families"),
+        _ => bail!("{from} and {to} are of different families"),
     };
     let mut segment = header.to_bytes().to_vec();
     segment.extend(payload);

@@ -16,6 +16,7 @@ mod table;
 mod test;
 
 mod conntrack;
+mod granular;
 mod load_balancers;
 mod services;
 
@@ -31,7 +32,13 @@ use test::Test;
 
 /// Every group, in the order of the table.
 fn groups() -> Vec<&'static Group> {
-    [services::GROUPS, conntrack::GROUPS, load_balancers::GROUPS].into_iter().flatten().collect()
+    let files = [
+        services::GROUPS,
+        conntrack::GROUPS,
+        load_balancers::GROUPS,
+        granular::GROUPS,
+    ];
+    files.into_iter().flatten().collect()
 }
 
 /// A scenario that is to run.

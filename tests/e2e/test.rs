@@ -219,6 +219,11 @@ impl<'r> Test<'r> {
 
     // --- who is there ------------------------------------------------------------------------------------------------
 
+    /// The namespace of its objects.
+    pub fn namespace(&self) -> &str {
+        &self.cluster.namespace
+    }
+
     /// The daemon.
     pub fn daemon(&mut self) -> &mut Towpathd {
         self.rig.daemon()

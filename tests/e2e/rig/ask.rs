@@ -114,11 +114,6 @@ impl Place {
 }
 
 impl Connection {
-    /// The client's end.
-    pub fn local(&self) -> Result<SocketAddr> {
-        Ok(self.stream.get_ref().local_addr()?)
-    }
-
     /// Asks who is at the other end.
     pub fn ask(&mut self) -> Result<Answer> {
         parse(&self.request("hostname")?)

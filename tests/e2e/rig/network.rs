@@ -233,6 +233,8 @@ fn namespace(name: &str) -> Result<Arc<Namespace>> {
             "net.ipv6.conf.default.accept_dad=0",
             "net.ipv4.conf.all.rp_filter=0",
             "net.ipv4.conf.default.rp_filter=0",
+            // A node's own packets to its pods come back to it by way of the gateway.
+            "net.ipv4.conf.all.accept_local=1",
             "net.ipv4.conf.all.send_redirects=0",
             "net.ipv4.conf.default.send_redirects=0",
         ],
