@@ -16,9 +16,11 @@ mod table;
 mod test;
 
 mod conntrack;
+mod dual_stack;
 mod granular;
 mod load_balancers;
 mod services;
+mod topology;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -37,6 +39,8 @@ fn groups() -> Vec<&'static Group> {
         conntrack::GROUPS,
         load_balancers::GROUPS,
         granular::GROUPS,
+        topology::GROUPS,
+        dual_stack::GROUPS,
     ];
     files.into_iter().flatten().collect()
 }
