@@ -68,7 +68,10 @@ const NETWORKING: &[Scenario] = &[
         "should provide unchanging, static URL paths for kubernetes api services",
         "the API server alone",
     ),
-    not_applicable("should check kube-proxy urls", "kube-proxy's own ports"),
+    not_applicable(
+        "should check kube-proxy urls",
+        "kube-proxy's own port with /proxyMode; for /healthz see tests/namespace/health.rs",
+    ),
     later("should allow creating a Pod with an SCTP HostPort", "host ports"),
     not_applicable("should recreate its iptables rules if they are deleted", "iptables rules of kube-proxy"),
 ];

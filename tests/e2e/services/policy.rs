@@ -1,9 +1,11 @@
 //! Traffic policies, read as kube-proxy reads them on a node with pods: the gateway's own node.
 
 use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
+use crate::rig::ask::PATIENCE;
 use crate::rig::cluster::Protocol::{Tcp, Udp};
 use crate::rig::network::{GATEWAY, GATEWAY_V4, GATEWAY_V6};
 use crate::rig::place::Place;
@@ -105,9 +107,7 @@ fn policy_changes(test: &mut Test) -> Result<()> {
     for answer in test.reaches_all(&client, Tcp, &addresses, &["local", "elsewhere"])? {
         ensure!(!client.addresses().contains(&answer.client.ip()), "masqueraded: {answer:?}");
     }
-    for to in &health {
-        test.closed(&client, Tcp, *to)?;
-    }
+    is_closed(&client, &health)?;
     let service = test.update("external-local-update", |service| service.external_local = true)?;
     let health = health_of(&service)?;
     keeps_the_client(test, &client, &addresses, &["local"])?;
@@ -131,35 +131,53 @@ fn health_of_terminating(test: &mut Test) -> Result<()> {
 }
 
 /// Where load balancers ask whether this node has endpoints.
-pub fn health_of(service: &Service) -> Result<Vec<SocketAddr>> {
+fn health_of(service: &Service) -> Result<Vec<SocketAddr>> {
     let port = service.health_check_node_port.context("the Service has no healthCheckNodePort")?;
     Ok(vec![SocketAddr::new(GATEWAY_V4.into(), port), SocketAddr::new(GATEWAY_V6.into(), port)])
 }
 
 /// 200, and so many local endpoints (kubernetes pkg/proxy/healthcheck/service_health.go).
-pub fn is_healthy(from: &Place, health: &[SocketAddr], endpoints: u32) -> Result<()> {
-    for to in health {
-        let (code, body) = get(from, *to)?;
-        ensure!(code == "200", "{to} says {code}, not 200: {body}");
-        let value: serde_json::Value = serde_json::from_str(&body).with_context(|| body.clone())?;
-        ensure!(value["localEndpoints"] == endpoints, "{to} says {body}, not {endpoints} endpoints");
-    }
-    Ok(())
+fn is_healthy(from: &Place, health: &[SocketAddr], endpoints: u32) -> Result<()> {
+    becomes(from, health, &format!("200 and {endpoints} endpoints"), |(code, body)| {
+        let body: serde_json::Value = serde_json::from_str(body).unwrap_or_default();
+        code == "200" && body["localEndpoints"] == endpoints
+    })
 }
 
-/// 503.
-pub fn is_unhealthy(from: &Place, health: &[SocketAddr]) -> Result<()> {
-    for to in health {
-        let (code, body) = get(from, *to)?;
-        ensure!(code == "503", "{to} says {code}, not 503: {body}");
-    }
-    Ok(())
+/// 503, and none.
+fn is_unhealthy(from: &Place, health: &[SocketAddr]) -> Result<()> {
+    becomes(from, health, "503 and no endpoints", |(code, body)| {
+        let body: serde_json::Value = serde_json::from_str(body).unwrap_or_default();
+        code == "503" && body["localEndpoints"] == 0
+    })
 }
 
-/// Status code and body.
-fn get(from: &Place, to: SocketAddr) -> Result<(String, String)> {
-    let url = format!("http://{to}/healthz");
-    let text = from.namespace.run("curl", &["-sS", "--max-time", "10", "-w", "\n%{http_code}", &url])?;
-    let (body, code) = text.rsplit_once('\n').context("an answer of curl")?;
-    Ok((code.to_owned(), body.to_owned()))
+/// Nobody listens.
+fn is_closed(from: &Place, health: &[SocketAddr]) -> Result<()> {
+    becomes(from, health, "nobody", |(code, _)| code == "000")
+}
+
+/// Waits until all of them answer so: the servers follow the tables within a moment.
+fn becomes(
+    from: &Place,
+    health: &[SocketAddr],
+    what: &str,
+    is_right: impl Fn((&str, &str)) -> bool,
+) -> Result<()> {
+    for to in health {
+        let start = Instant::now();
+        loop {
+            let url = format!("http://{to}/healthz");
+            let output =
+                from.namespace.output("curl", &["-s", "--max-time", "5", "-w", "\n%{http_code}", &url])?;
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            let (body, code) = text.rsplit_once('\n').context("an answer of curl")?;
+            if is_right((code, body)) {
+                break;
+            }
+            ensure!(start.elapsed() < PATIENCE, "{to} says {code}, not {what}: {body}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    Ok(())
 }
