@@ -5,6 +5,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// Bytes of a header without options.
 pub const HEADER_LEN: usize = 20;
+/// Bytes of a header with as many options as it can hold.
+pub const MAX_HEADER_LEN: usize = 60;
 /// "Don't fragment" in the flags word.
 pub const DONT_FRAGMENT: u16 = 0x4000;
 /// "More fragments" in the flags word.
@@ -50,6 +52,12 @@ impl Header {
     pub fn is_fragment(&self) -> bool {
         self.fragment.get() & (MORE_FRAGMENTS | OFFSET_MASK) != 0
     }
+
+    /// Where the fragment's data belongs in the payload of its datagram, bytes.
+    #[inline]
+    pub fn fragment_offset(&self) -> u16 {
+        (self.fragment.get() & OFFSET_MASK) * 8
+    }
 }
 
 /// True if `options` hold a loose or strict source route (RFC 791 section 3.1), or are malformed.
@@ -71,9 +79,42 @@ pub fn has_source_route(options: &[u8]) -> bool {
     false
 }
 
+/// Makes the options of a first fragment those of a later one: what has no copied flag becomes "no operation", as Linux does it, so
+/// that the length stays (RFC 791 section 3.1). Malformed options stay from there on.
+pub fn keep_copied_options(options: &mut [u8]) {
+    let mut at = 0;
+    while let Some(kind) = options.get(at).copied() {
+        at += match kind {
+            0 => return,
+            1 => 1,
+            _ => {
+                let len = usize::from(options.get(at + 1).copied().unwrap_or(0));
+                match options.get_mut(at..at + len) {
+                    Some(option) if len >= 2 && kind & 0x80 == 0 => option.fill(1),
+                    Some(_) if len >= 2 => {}
+                    _ => return,
+                }
+                len
+            }
+        };
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn later_fragments_keep_options_with_the_copied_flag() {
+        let mut options = [7, 3, 4, 1, 148, 4, 0, 0, 30, 4, 9, 9, 0, 5];
+        keep_copied_options(&mut options);
+        assert_eq!(options, [1, 1, 1, 1, 148, 4, 0, 0, 1, 1, 1, 1, 0, 5]);
+        for malformed in [[7u8, 1, 4, 4], [7, 9, 4, 4], [1, 1, 1, 7]] {
+            let mut kept = malformed;
+            keep_copied_options(&mut kept);
+            assert_eq!(kept, malformed);
+        }
+    }
 
     #[test]
     fn source_routes_and_malformed_options_are_seen() {
