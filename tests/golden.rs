@@ -11,13 +11,12 @@ use tests::pure::{Outcome, Pure};
 
 /// Empty if the outcome is as recorded.
 fn mismatch(step: &Step, outcome: &Outcome) -> String {
-    let got: Vec<Emitted> = outcome.emitted.iter().cloned().collect();
     // What is not ours goes to the kernel untouched, which then does what it did when the case was recorded.
-    if outcome.verdict == Verdict::Punt || ledger::same(&step.expected, &got) {
+    if outcome.verdict == Verdict::Punt || ledger::same(&step.expected, &outcome.emitted) {
         return String::new();
     }
     let lines = |emitted: &[Emitted]| emitted.iter().flat_map(Emitted::lines).collect::<Vec<_>>();
-    format!("verdict {:?}\n{}", outcome.verdict, difference(&lines(&step.expected), &lines(&got)))
+    format!("verdict {:?}\n{}", outcome.verdict, difference(&lines(&step.expected), &lines(&outcome.emitted)))
 }
 
 #[test]
@@ -30,8 +29,7 @@ fn the_pipeline_does_what_linux_does() {
     for case in &cases {
         let outcomes = pure.play(case);
         if let Some(entry) = &case.ledger {
-            let emitted: Vec<Vec<Emitted>> =
-                outcomes.iter().map(|o| o.emitted.iter().cloned().collect()).collect();
+            let emitted: Vec<Vec<Emitted>> = outcomes.iter().map(|o| o.emitted.clone()).collect();
             if let Judgement::Wrong(why) = ledger::judge(entry, case, &emitted) {
                 failed += 1;
                 let _ = writeln!(failures, "{} (ledger {entry}): {why}", case.name);

@@ -132,7 +132,7 @@ fn send(gateway: &mut Pure, src: (&str, u16), dst: (&str, u16), kind: Packet) ->
 /// Source and destination, with ports, of what was forwarded.
 fn forwarded(outcome: &Outcome) -> ((String, u16), (String, u16)) {
     let Verdict::Forward { .. } = outcome.verdict else { panic!("{:?}", outcome.verdict) };
-    let frame = &outcome.emitted.as_ref().expect("a frame leaves").frame;
+    let frame = &outcome.emitted.first().expect("a frame leaves").frame;
     let packet = SlicedPacket::from_ethernet(frame).unwrap();
     let Some(NetSlice::Ipv4(ip)) = &packet.net else { panic!("not IPv4") };
     let (src_port, dst_port) = match &packet.transport {

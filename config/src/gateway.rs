@@ -39,6 +39,9 @@ pub struct Gateway {
     /// The flow table.
     #[serde(default)]
     pub flows: FlowsSection,
+    /// Fragments that wait for the others of their datagram.
+    #[serde(default)]
+    pub fragments: FragmentsSection,
     /// AF_XDP rings.
     #[serde(default)]
     pub rings: RingsSection,
@@ -381,6 +384,27 @@ impl Default for FlowsSection {
     }
 }
 
+/// `[fragments]`: datagrams whose fragments are not all here yet. When something is full, the datagram that has waited for longest
+/// goes. The times are those of Linux (net.ipv4.ipfrag_time, net.ipv6.ip6frag_time).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FragmentsSection {
+    /// Datagrams that wait in each worker at most.
+    pub datagrams: u32,
+    /// Frames of packet memory that they take in each worker at most.
+    pub frames: u32,
+    /// Seconds that fragments of IPv4 wait.
+    pub ipv4_s: u32,
+    /// Seconds that fragments of IPv6 wait (RFC 8200 section 4.5).
+    pub ipv6_s: u32,
+}
+
+impl Default for FragmentsSection {
+    fn default() -> FragmentsSection {
+        FragmentsSection { datagrams: 256, frames: 512, ipv4_s: 30, ipv6_s: 60 }
+    }
+}
+
 /// `[rings]`: descriptors in the rings of each queue; powers of two.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -407,7 +431,7 @@ impl Default for RingsSection {
 pub struct UmemSection {
     /// Bytes of a frame: 2048 or 4096.
     pub chunk_size: u32,
-    /// Frames of a worker; absent: twice what the rings of all ports can hold.
+    /// Frames of a worker; absent: twice what the rings of all ports and fragments can hold.
     pub frames: Option<u32>,
     /// Take hugepages (2 MiB); they must have been reserved.
     pub hugepages: bool,
@@ -532,9 +556,14 @@ impl Gateway {
         }
     }
 
-    /// Frames of one worker's packet memory: `[umem] frames`, or twice what the rings of all ports can hold.
+    /// Frames of one worker's packet memory: `[umem] frames`, or twice what is needed.
     pub fn frames_per_worker(&self) -> u32 {
-        self.umem.frames.unwrap_or_else(|| self.frames_in_rings().saturating_mul(2).next_power_of_two())
+        self.umem.frames.unwrap_or_else(|| self.frames_needed().saturating_mul(2).next_power_of_two())
+    }
+
+    /// Frames that a worker needs, so that fragments that wait leave the rings their own.
+    pub fn frames_needed(&self) -> u32 {
+        self.frames_in_rings().saturating_add(self.fragments.frames)
     }
 
     /// Frames that the rings of one worker's queues can hold at a time: a frame is in the fill or receive ring of its

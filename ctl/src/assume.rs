@@ -84,6 +84,7 @@ pub fn from_objects(manifests: &[Manifest], node: Option<String>) -> Assumed {
         health: Default::default(),
         workers: Default::default(),
         flows: Default::default(),
+        fragments: Default::default(),
         rings: Default::default(),
         umem: Default::default(),
         ports: vec![port("outside", Role::Outside), port("inside", Role::Inside)],

@@ -109,6 +109,7 @@ fn verdict(trace: &Trace, paint: Paint) -> String {
             None => (Tint::Good, format!("is forwarded{by}")),
         },
         "hold" => (Tint::Warn, format!("waits until its next hop answers{by}")),
+        "gather" => (Tint::Warn, "waits for the other fragments of its datagram".to_owned()),
         "punt" => (Tint::Warn, "goes to the kernel untouched: it is none of ours".to_owned()),
         "answer" => (Tint::Warn, format!("is answered by the gateway{reason}")),
         "drop" => (Tint::Bad, format!("is dropped{reason}")),

@@ -257,6 +257,7 @@ fn report(packet: &Packet, steps: &[Step], port_names: &[String]) -> Report {
         Verdict::Answer { port, reason } => ("answer", Some(reason), Some(port)),
         Verdict::Punt => ("punt", None, None),
         Verdict::Hold { port } => ("hold", None, Some(port)),
+        Verdict::Gather => ("gather", None, None),
         Verdict::Drop(reason) => ("drop", Some(reason), None),
     };
     report.verdict = verdict.to_owned();

@@ -37,8 +37,48 @@ pub enum Layer4 {
     IcmpOther,
     /// A header that contradicts its length fields: ports are unknown.
     Malformed,
-    /// A fragment: ports are unknown, or the rest of the payload is.
+    /// A fragment, unless it is the first one and the others are there.
     Fragment,
+}
+
+/// What a packet is of its datagram.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Part {
+    /// All of it.
+    #[default]
+    Whole,
+    /// A fragment; where the others are is not known.
+    Fragment(Fragment),
+    /// The first fragment, with all others right behind it in the burst: it stands for the datagram.
+    First(Datagram),
+    /// One of these others. What becomes of the first becomes of it, see [`Packet::follow`].
+    Later,
+}
+
+/// What the IP headers say of a fragment (RFC 791 section 3.2, RFC 8200 section 4.5).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fragment {
+    /// Identification of the datagram.
+    pub id: u32,
+    /// Where its data belongs in the payload of the datagram, bytes.
+    pub offset: u16,
+    /// It is not the last one.
+    pub more: bool,
+    /// Where its data begins in the frame.
+    pub data: u16,
+}
+
+/// What a first fragment does not say about its datagram.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Datagram {
+    /// Fragments, the first included.
+    pub fragments: u16,
+    /// Bytes of data in all of them but the first.
+    pub later_len: u16,
+    /// Bytes of the longest IP packet among them.
+    pub longest: u16,
+    /// One of that length says "don't fragment".
+    pub dont_fragment: bool,
 }
 
 /// What the rewrite stage will do to the frame.
@@ -102,6 +142,8 @@ pub struct Packet {
     pub port: u8,
     /// What becomes of it.
     pub verdict: Verdict,
+    /// What it is of its datagram.
+    pub part: Part,
 
     /// Where the IP header begins.
     pub l3: u16,
@@ -109,6 +151,8 @@ pub struct Packet {
     pub l4: u16,
     /// Bytes from the IP header to the end of the packet, link-layer padding excluded.
     pub ip_len: u16,
+    /// Bytes of the longest IP packet of the datagram: `ip_len`, unless it is in fragments.
+    pub longest: u16,
     /// TTL or hop limit.
     pub ttl: u8,
     /// IPv4 "don't fragment"; true for IPv6.
@@ -132,6 +176,8 @@ pub struct Packet {
     pub rewrite: Rewrite,
     /// Maximum segment sizes above this are lowered to it; 0: none is.
     pub mss_limit: u16,
+    /// Leaves in fragments of at most this many bytes, IP header included; 0: as it is.
+    pub cut_to: u16,
     /// Source address for ICMP errors about this packet, where it is not the port's own: the VIP of a service packet.
     pub error_source: Option<Addr>,
     /// Link-layer addresses to write: destination, source.
@@ -148,9 +194,11 @@ impl Packet {
             tail_len,
             port,
             verdict: Verdict::Undecided,
+            part: Part::Whole,
             l3: 0,
             l4: 0,
             ip_len: 0,
+            longest: 0,
             ttl: 0,
             dont_fragment: false,
             partial_checksum: false,
@@ -162,6 +210,7 @@ impl Packet {
             choice: None,
             rewrite: Rewrite::Route,
             mss_limit: 0,
+            cut_to: 0,
             error_source: None,
             macs: ([0; 6], [0; 6]),
             gateway: Addr::UNSPECIFIED,
@@ -177,6 +226,7 @@ impl Packet {
         self.choice = None;
         self.rewrite = Rewrite::Route;
         self.mss_limit = 0;
+        self.cut_to = 0;
         self.error_source = None;
     }
 
@@ -185,6 +235,42 @@ impl Packet {
         let bytes = self.frame.data().get(usize::from(self.l4)..).unwrap_or_default();
         let len = tcp::Header::ref_from_prefix(bytes).map_or(0, |(header, _)| header.header_len());
         &bytes[..len.min(bytes.len())]
+    }
+
+    /// Notes what the headers say of a fragment, unless more is known of it already.
+    pub fn found_fragment(&mut self, fragment: Fragment) {
+        self.layer4 = Layer4::Fragment;
+        if matches!(self.part, Part::Whole | Part::Fragment(_)) {
+            self.part = Part::Fragment(fragment);
+        }
+    }
+
+    /// Bytes of layer 4, those in further fragments included.
+    pub fn layer4_len(&self) -> usize {
+        let own = usize::from(self.l3) + usize::from(self.ip_len) - usize::from(self.l4);
+        match self.part {
+            Part::First(datagram) => own + usize::from(datagram.later_len),
+            _ => own,
+        }
+    }
+
+    /// Takes over what was decided about `first`, the first fragment of the same datagram. All fragments leave with its TTL, since it
+    /// was the one that was judged by.
+    pub fn follow(&mut self, first: &Packet) {
+        self.verdict = match first.verdict {
+            // The answer goes out once; only an echo comes back as long as it was.
+            Verdict::Answer { reason, .. } if first.rewrite != Rewrite::Answer(Answer::EchoReply) => {
+                Verdict::Drop(reason)
+            }
+            verdict => verdict,
+        };
+        self.rewrite = match first.rewrite {
+            Rewrite::IcmpError { .. } => Rewrite::Translate,
+            rewrite => rewrite,
+        };
+        self.out = Tuple { src: first.out.src, dst: first.out.dst, ..self.tuple };
+        (self.ttl, self.cut_to) = (first.ttl, first.cut_to);
+        (self.macs, self.gateway) = (first.macs, first.gateway);
     }
 
     /// True as long as no stage has decided what becomes of the packet.

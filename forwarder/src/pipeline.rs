@@ -118,7 +118,7 @@ fn limit_answers(burst: &mut [Packet], cx: &mut Context<'_>) {
 
 /// Counts the verdicts of a burst. A held packet is counted when it is judged again.
 pub fn count(burst: &[Packet], counters: &Counters) {
-    let (mut forwarded, mut answered, mut punted, mut held) = (0, 0, 0, 0);
+    let (mut forwarded, mut answered, mut punted, mut held, mut gathered) = (0, 0, 0, 0, 0);
     for packet in burst {
         match packet.verdict {
             Verdict::Forward { .. } => forwarded += 1,
@@ -128,6 +128,7 @@ pub fn count(burst: &[Packet], counters: &Counters) {
             }
             Verdict::Punt => punted += 1,
             Verdict::Hold { .. } => held += 1,
+            Verdict::Gather => gathered += 1,
             Verdict::Drop(reason) => counters.count(reason),
             Verdict::Undecided => unreachable!("every packet has a verdict after the pipeline"),
         }
@@ -136,4 +137,5 @@ pub fn count(burst: &[Packet], counters: &Counters) {
     counters.add(Counter::answered, answered);
     counters.add(Counter::punted, punted);
     counters.add(Counter::held, held);
+    counters.add(Counter::fragments_gathered, gathered);
 }

@@ -40,6 +40,12 @@ counters! {
     answered: "Packets answered by the gateway itself (RST, ICMP error, echo reply).";
     punted: "Packets handed to the kernel untouched.";
     held: "Packets that had to wait for a next hop.";
+    fragments_gathered: "Fragments that began to wait for the others of their datagram.";
+    fragments_released: "Fragments that ceased to wait: their datagram was complete, or was given up.";
+    fragments_handed_over: "Fragments passed to the worker that gathers their datagram.";
+    fragments_taken_over: "Fragments that other workers passed to this one.";
+    datagrams_complete: "Datagrams all of whose fragments were there.";
+    datagrams_cut: "Datagrams cut into fragments that fit the way out.";
     flows_created: "Flows created.";
     flows_expired: "Flows expired.";
     bursts: "Bursts that were not empty.";

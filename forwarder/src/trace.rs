@@ -207,6 +207,7 @@ impl fmt::Display for Step {
                 Verdict::Answer { reason, .. } => explain_reason(f, "not forwarded", *reason),
                 Verdict::Punt => write!(f, "handed to the kernel untouched: not ours"),
                 Verdict::Hold { .. } => write!(f, "waits until the next hop is resolved"),
+                Verdict::Gather => write!(f, "waits for the other fragments of its datagram"),
                 Verdict::Drop(reason) => explain_reason(f, "dropped", *reason),
             },
         }

@@ -51,7 +51,13 @@ reasons! {
     NoFlow = "no_flow", "A reply or an ICMP error that belongs to no flow.";
     FlowTableFull = "flow_table_full", "The flow table is full and the packet cannot go on without an entry.";
     SnatPortsExhausted = "snat_ports_exhausted", "No source port is free towards this destination.";
-    Fragment = "fragment", "An IP fragment of a service packet.";
+    // Fragments, RFC 791 section 3.2, RFC 8200 section 4.5.
+    FragmentTiny = "fragment_tiny", "A first fragment that does not hold the whole layer-4 header (RFC 1858): its datagram is dropped.";
+    FragmentMalformed = "fragment_malformed", "A fragment that is empty, no multiple of 8 bytes, or beyond 65,535 bytes: its datagram is dropped.";
+    FragmentOverlap = "fragment_overlap", "Fragments that overlap or contradict each other (RFC 5722): their datagram is dropped.";
+    FragmentDuplicate = "fragment_duplicate", "A fragment whose bytes are there already.";
+    FragmentTimeout = "fragment_timeout", "Fragments whose datagram did not become complete in time.";
+    FragmentLimit = "fragment_limit", "Too many fragments wait, or too many of one datagram: the oldest datagram is dropped.";
     // Routing.
     NoRoute = "no_route", "No route to the destination.";
     TtlExceeded = "ttl_exceeded", "TTL or hop limit used up on the way: answered with ICMP time exceeded.";
@@ -96,6 +102,8 @@ pub enum Verdict {
         /// Index of the port behind which the next hop is; the packet's metadata has its address.
         port: u8,
     },
+    /// A fragment: waits for the others of its datagram.
+    Gather,
     /// Dropped.
     Drop(Reason),
 }

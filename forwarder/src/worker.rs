@@ -1,7 +1,8 @@
 //! One pinned thread: takes bursts from its queue of every port, has them judged, and puts them where they belong.
 //!
 //! ```text
-//! for each port: receive (not released yet) -> pipeline -> frames sorted by the port that they leave by
+//! for each port: receive (not released yet) -> pipeline -> frames sorted by the port that they leave by;
+//!                fragments wait for the others of their datagram, which then goes through the pipeline as one
 //! for each port: transmit, kick                        -> the kernel has them
 //! for each port: release, complete, refill             -> the kernel has room again
 //! ```
@@ -18,7 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use config::gateway::Poll;
 
 use crate::control::publish::{Reader, WorkerLink};
-use crate::packet::{BURST, Packet};
+use crate::packet::{BURST, Packet, Part};
 use crate::pipeline::{self, AnswerBudget, Context, Rng};
 use crate::port::xsk::steer::Heartbeats;
 use crate::port::{Burst, Frame, FramePool, Kick, Port};
@@ -27,14 +28,23 @@ use crate::table::flow_map::{FlowMap, FlowWorker};
 use crate::tables::{Fib, Tables};
 use crate::verdict::{Reason, Verdict};
 
+use batch::Batch;
+use exchange::Exchange;
+use gather::Gathering;
 use hold::{Holding, Resolve};
 use idle::Idle;
 use punt::Punt;
+use reassembly::Limits;
 
+pub mod batch;
+pub mod cut;
+pub mod exchange;
 pub mod frames;
+pub mod gather;
 pub mod hold;
 pub mod idle;
 pub mod punt;
+pub mod reassembly;
 
 /// Nanoseconds in a second.
 const SECOND_NS: u64 = 1_000_000_000;
@@ -65,6 +75,10 @@ pub struct Worker<P> {
     pub heartbeats: Arc<Heartbeats>,
     /// How it asks for next hops to be resolved.
     pub resolve: Resolve,
+    /// What it may hold of fragments.
+    pub fragments: Limits,
+    /// Its way to other workers for fragments.
+    pub exchange: Arc<Exchange>,
     /// What it does when there is nothing to do.
     pub poll: Poll,
 }
@@ -92,9 +106,18 @@ struct Running<P> {
     rings: Rings<P>,
     batch: Batch,
     holding: Holding,
+    gathering: Gathering,
     generations: Generations,
     account_due: frames::Due,
     idle: Idle,
+}
+
+/// What a round is made by.
+struct Round<'a> {
+    tables: &'a Tables,
+    fib: &'a Fib,
+    now_ns: u64,
+    counters: &'a Counters,
 }
 
 impl<P: Port> Running<P> {
@@ -123,6 +146,7 @@ impl<P: Port> Running<P> {
             },
             batch: Batch::default(),
             holding: Holding::new(worker.resolve),
+            gathering: Gathering::new(worker.index, worker.fragments, worker.exchange),
             generations: Generations::default(),
             account_due: frames::Due::default(),
             idle: Idle::new(worker.poll),
@@ -131,35 +155,42 @@ impl<P: Port> Running<P> {
 
     /// One burst of every port, from receive ring to transmit ring. Returns how many packets came.
     fn round(&mut self, now_ns: u64) -> usize {
-        let Running { reader, link, judge, rings, batch, holding, .. } = self;
+        let Running { reader, link, judge, rings, batch, holding, gathering, .. } = self;
         let counters = link.counters();
         self.heartbeats.beat(self.index, now_ns);
         link.beat(now_ns);
         let (tables, fib) = reader.load();
         self.generations.begin(tables.generation, &rings.ports);
+        let round = Round { tables, fib, now_ns, counters };
 
         // Those that have waited leave before those that come now.
         holding.again(batch, fib.epoch, |batch, holding| {
-            judge.judge(&mut batch.packets, tables, fib, now_ns, counters);
-            rings.dispatch(batch, holding, fib, now_ns, counters);
+            judge.judge(&mut batch.packets, &round);
+            batch.follow();
+            rings.dispatch(batch, holding, gathering, &round);
         });
-        let mut received = 0;
+        let mut received = gathering.take_over(batch, &mut rings.pool, counters);
+        if received > 0 {
+            settle(batch, judge, rings, holding, gathering, &round);
+        }
         for port in 0..rings.ports.len() {
             let count = rings.ports[port].rx_burst(&mut rings.pool, &mut batch.received, BURST);
             if count == 0 {
                 continue;
             }
             received += count;
-            batch.take(port as u8, counters);
-            judge.judge(&mut batch.packets, tables, fib, now_ns, counters);
-            rings.dispatch(batch, holding, fib, now_ns, counters);
+            counters.add(Counter::rx_bytes, batch.unpack(port as u8));
+            counters.add(Counter::rx_packets, batch.packets.len() as u64);
+            settle(batch, judge, rings, holding, gathering, &round);
         }
+        gathering.expire(now_ns, &mut rings.pool, counters);
         holding.expire(now_ns, |packet, tails| {
             counters.count(Reason::NeighborUnresolved);
             rings.recycle(packet.frame, tails);
         });
 
         rings.transmit(counters);
+        gathering.wake_others();
         rings.give_back();
         if let Some(generation) = self.generations.settled(&mut rings.ports) {
             link.set_in_force(generation);
@@ -178,7 +209,8 @@ impl<P: Port> Running<P> {
     /// At the end of a round: tells where the frames are.
     fn account(&mut self) {
         let Rings { ports, pool, .. } = &mut self.rings;
-        self.link.frames().publish(pool, self.holding.frames(), ports);
+        let held = self.holding.frames() + self.gathering.frames();
+        self.link.frames().publish(pool, held, ports);
     }
 
     /// After a round without packets: spins, or sleeps until something happens.
@@ -188,64 +220,38 @@ impl<P: Port> Running<P> {
             return std::hint::spin_loop();
         }
         self.account();
-        self.link.counters().add(Counter::sleeps, 1);
-        self.judge.offline();
-        idle::sleep(&self.rings.ports, &self.link);
-        self.judge.online();
+        self.link.set_asleep(true);
+        if !self.gathering.has_mail() {
+            self.link.counters().add(Counter::sleeps, 1);
+            self.judge.offline();
+            idle::sleep(&self.rings.ports, &self.link);
+            self.judge.online();
+        }
+        self.link.set_asleep(false);
+    }
+}
+
+/// Has a batch judged and puts its packets where they belong, and then the datagrams that its fragments complete.
+fn settle<P: Port>(
+    batch: &mut Batch,
+    judge: &mut Judge,
+    rings: &mut Rings<P>,
+    holding: &mut Holding,
+    gathering: &mut Gathering,
+    round: &Round<'_>,
+) {
+    judge.judge(&mut batch.packets, round);
+    rings.dispatch(batch, holding, gathering, round);
+    while gathering.take_complete(batch, round.counters) {
+        judge.judge(&mut batch.packets, round);
+        batch.follow();
+        rings.dispatch(batch, holding, gathering, round);
     }
 }
 
 /// Nanoseconds of CLOCK_MONOTONIC; a read of the vDSO, no system call.
 fn clock_ns() -> u64 {
     crate::keeper::supervise::monotonic_ns()
-}
-
-/// Packets under judgement, all from one port or all from the holding queue.
-pub(crate) struct Batch {
-    /// As they came from the ring.
-    received: Burst,
-    /// The packets.
-    pub(crate) packets: Vec<Packet>,
-    /// Further segments of all of them, in order.
-    pub(crate) tails: Vec<Frame>,
-    /// How many of `tails` belong to each packet.
-    pub(crate) tail_counts: Vec<u16>,
-    /// When the held ones of them are given up; 0 for those just received.
-    pub(crate) deadline_ns: u64,
-}
-
-impl Default for Batch {
-    fn default() -> Batch {
-        Batch {
-            received: Burst::with_capacity(BURST),
-            packets: Vec::with_capacity(BURST),
-            tails: Vec::with_capacity(BURST),
-            tail_counts: Vec::with_capacity(BURST),
-            deadline_ns: 0,
-        }
-    }
-}
-
-impl Batch {
-    /// Makes packets of what was received from `port`, and counts them.
-    fn take(&mut self, port: u8, counters: &Counters) {
-        self.deadline_ns = 0;
-        let mut bytes = 0;
-        let mut tails = self.received.tails.drain(..).peekable();
-        for (index, frame) in self.received.heads.drain(..).enumerate() {
-            let (mut count, mut tail_len) = (0, 0);
-            while let Some(tail) = tails.next_if(|tail| usize::from(tail.of) == index) {
-                tail_len += tail.frame.len();
-                count += 1;
-                self.tails.push(tail.frame);
-            }
-            bytes += (frame.len() + tail_len) as u64;
-            self.tail_counts.push(count);
-            self.packets.push(Packet::new(frame, tail_len as u32, port));
-        }
-        counters.add(Counter::rx_packets, self.packets.len() as u64);
-        counters.add(Counter::rx_bytes, bytes);
-    }
 }
 
 /// The pipeline and what it keeps from burst to burst.
@@ -262,25 +268,18 @@ struct Judge {
 impl Judge {
     /// Gives every packet a verdict. A packet over which the pipeline panics is dropped and counted; the others are judged
     /// again without it, which gives them the same verdicts, since no frame changes before all have one.
-    fn judge(
-        &mut self,
-        packets: &mut [Packet],
-        tables: &Tables,
-        fib: &Fib,
-        now_ns: u64,
-        counters: &Counters,
-    ) {
+    fn judge(&mut self, packets: &mut [Packet], round: &Round<'_>) {
         let mut cx = Context {
-            tables,
-            fib,
+            tables: round.tables,
+            fib: round.fib,
             flows: &self.flows,
             flow_worker: &mut self.flow_worker,
             affinity: &self.affinity,
             affinity_worker: &mut self.affinity_worker,
-            now_s: (now_ns / SECOND_NS) as u32,
+            now_s: (round.now_ns / SECOND_NS) as u32,
             rng: &mut self.rng,
             answers: &mut self.answers,
-            counters,
+            counters: round.counters,
             read_only: false,
         };
         let mut run = |packets: &mut [Packet]| {
@@ -375,7 +374,8 @@ impl Generations {
 /// Why a frame is on its way out.
 #[derive(Clone, Copy)]
 enum Leaving {
-    Forwarded,
+    /// So many received packets end with it: one, but where a datagram is cut, all of its fragments with the last piece.
+    Forwarded(u16),
     Answer(Reason),
 }
 
@@ -408,17 +408,26 @@ impl<P: Port> Rings<P> {
         &mut self,
         batch: &mut Batch,
         holding: &mut Holding,
-        fib: &Fib,
-        now_ns: u64,
-        counters: &Counters,
+        gathering: &mut Gathering,
+        round: &Round<'_>,
     ) {
-        rewrite(batch, fib);
+        let Round { counters, now_ns, .. } = *round;
+        batch.rewrite(round.fib, &mut self.pool);
         let deadline_ns = batch.deadline_ns;
+        let (mut pieces, mut piece_counts) = (batch.pieces.drain(..), batch.piece_counts.drain(..));
         let mut tails = batch.tails.drain(..);
         for (packet, tail_count) in batch.packets.drain(..).zip(batch.tail_counts.drain(..)) {
             let mut tails = tails.by_ref().take(usize::from(tail_count));
             match packet.verdict {
-                Verdict::Forward { port } => self.leave(port, Leaving::Forwarded, packet.frame, tails),
+                Verdict::Forward { port } if packet.cut_to != 0 => {
+                    if packet.part != Part::Later {
+                        let count = piece_counts.next().unwrap_or(0);
+                        self.leave_cut(port, &packet, pieces.by_ref().take(usize::from(count)));
+                        counters.add(Counter::datagrams_cut, 1);
+                    }
+                    self.recycle(packet.frame, tails);
+                }
+                Verdict::Forward { port } => self.leave(port, Leaving::Forwarded(1), packet.frame, tails),
                 Verdict::Answer { port, reason } => {
                     tails.for_each(|tail| self.pool.push(tail));
                     self.leave(port, Leaving::Answer(reason), packet.frame, std::iter::empty());
@@ -442,6 +451,7 @@ impl<P: Port> Rings<P> {
                         None => counters.add(Counter::held, u64::from(deadline_ns == 0)),
                     }
                 }
+                Verdict::Gather => gathering.gather(packet, tails, &mut self.pool, now_ns, counters),
                 Verdict::Drop(reason) => {
                     counters.count(reason);
                     self.recycle(packet.frame, tails);
@@ -463,6 +473,16 @@ impl<P: Port> Rings<P> {
             out.burst.push_tail(tail);
         }
         out.packets.push((leaving, len as u32));
+    }
+
+    /// The pieces of a datagram, in place of all its fragments.
+    fn leave_cut(&mut self, port: u8, first: &Packet, pieces: impl Iterator<Item = Frame>) {
+        let fragments = if let Part::First(datagram) = first.part { datagram.fragments } else { 1 };
+        let mut pieces = pieces.peekable();
+        while let Some(piece) = pieces.next() {
+            let ends = if pieces.peek().is_none() { fragments } else { 0 };
+            self.leave(port, Leaving::Forwarded(ends), piece, std::iter::empty());
+        }
     }
 
     fn recycle(&mut self, head: Frame, tails: impl IntoIterator<Item = Frame>) {
@@ -488,19 +508,25 @@ impl<P: Port> Rings<P> {
                 sent += port.tx_burst(&mut self.pool, &mut out.burst);
                 out.unsent = port.kick() == Kick::Left;
             }
-            let (mut forwarded, mut bytes) = (0, 0);
+            let (mut forwarded, mut answered, mut bytes) = (0, 0, 0);
             for (leaving, len) in &out.packets[..sent] {
                 bytes += u64::from(*len);
                 match leaving {
-                    Leaving::Forwarded => forwarded += 1,
-                    Leaving::Answer(reason) => counters.count(*reason),
+                    Leaving::Forwarded(packets) => forwarded += u64::from(*packets),
+                    Leaving::Answer(reason) => {
+                        answered += 1;
+                        counters.count(*reason);
+                    }
                 }
             }
             counters.add(Counter::forwarded, forwarded);
-            counters.add(Counter::answered, sent as u64 - forwarded);
+            counters.add(Counter::answered, answered);
             counters.add(Counter::tx_packets, sent as u64);
             counters.add(Counter::tx_bytes, bytes);
-            (sent..total).for_each(|_| counters.count(Reason::TxRingFull));
+            for (leaving, _) in &out.packets[sent..] {
+                let packets = if let Leaving::Forwarded(packets) = leaving { *packets } else { 1 };
+                (0..packets).for_each(|_| counters.count(Reason::TxRingFull));
+            }
             out.burst.recycle(&mut self.pool);
             out.packets.clear();
         }
@@ -520,30 +546,6 @@ impl<P: Port> Rings<P> {
 
     fn unsent(&self) -> bool {
         self.out.iter().any(|out| out.unsent)
-    }
-}
-
-/// Rewrites the frames of the batch that leave. A packet whose answer does not fit its frame, or over which the rewrite
-/// panics, is dropped.
-fn rewrite(batch: &mut Batch, fib: &Fib) {
-    let (mut next, mut tail) = (0, 0);
-    while next < batch.packets.len() {
-        let finished = catch_unwind(AssertUnwindSafe(|| {
-            while let Some(packet) = batch.packets.get_mut(next) {
-                let tails = &batch.tails[tail..tail + usize::from(batch.tail_counts[next])];
-                let leaves = matches!(packet.verdict, Verdict::Forward { .. } | Verdict::Answer { .. });
-                if leaves && !pipeline::rewrite(packet, tails, fib) {
-                    packet.verdict = Verdict::Drop(Reason::TxTooLong);
-                }
-                tail += tails.len();
-                next += 1;
-            }
-        }));
-        if finished.is_err() {
-            batch.packets[next].verdict = Verdict::Drop(Reason::InternalError);
-            tail += usize::from(batch.tail_counts[next]);
-            next += 1;
-        }
     }
 }
 

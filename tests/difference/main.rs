@@ -164,7 +164,7 @@ fn ask_towpath(towpath: &mut Pure, probe: &Probe, linux: &Fate) -> Fate {
     let mut fate = Fate::default();
     for packet in 0..NUMBERS {
         let outcome = towpath.feed(probe.client.side, &probe.frame(packet, 20_000 + packet as u16));
-        match (outcome.verdict, outcome.emitted) {
+        match (outcome.verdict, outcome.emitted.first()) {
             // Not a packet of the gateway's: on live ports it would never have been taken.
             (Verdict::Punt | Verdict::Answer { reason: Reason::NoRoute, .. }, _) => fate.untouched += 1,
             (_, Some(emitted)) => match probe::read(&emitted.frame) {

@@ -168,22 +168,22 @@ fn ipv6(packet: &[u8], strictness: Strictness, depth: Depth, lines: &mut Vec<Str
     }
     lines.push(line);
     let end = (40 + length).min(packet.len());
-    let (mut next, mut body, mut fragmented) = (packet[6], &packet[40..end], false);
+    let (mut next, mut body, mut fragment) = (packet[6], &packet[40..end], 0);
     // Extension headers, RFC 8200 section 4: hop-by-hop, routing, fragment, destination options.
     while let (0 | 43 | 44 | 60, true) = (next, body.len() >= 8) {
         let len = if next == 44 { 8 } else { 8 + usize::from(body[1]) * 8 };
         if body.len() < len {
             break;
         }
-        fragmented |= next == 44 && u16_at(body, 2) & 0xfff9 != 0;
+        fragment |= if next == 44 { u16_at(body, 2) & 0xfff9 } else { 0 };
         lines.push(format!("extension {next} next {} {}", body[0], hex(&body[1..len])));
         (next, body) = (body[0], &body[len..]);
     }
     let pseudo = [&packet[8..40], &(body.len() as u32).to_be_bytes(), &[0, 0, 0, next]].concat();
-    if fragmented {
+    if fragment > 1 {
         lines.push(format!("fragment {}", hex(body)));
     } else {
-        let whole = 40 + length <= packet.len();
+        let whole = fragment == 0 && 40 + length <= packet.len();
         transport(next, body, whole.then_some(&pseudo[..]), strictness, depth, lines);
     }
     if end < packet.len() {

@@ -4,6 +4,7 @@ use forwarder::verdict::Verdict;
 
 use crate::case::{Case, Side};
 use crate::decode::{Strictness, decode};
+use crate::fragments;
 use crate::pure::Outcome;
 
 /// Longest frame that fits one frame of packet memory with its headroom.
@@ -36,21 +37,32 @@ pub fn join(case: &Case) -> Vec<u8> {
 /// Checks what holds for any frame.
 ///
 /// # Panics
-/// If a packet was forwarded that is longer than the one that came, or a right checksum became wrong or a wrong one right.
-pub fn check(frame: &[u8], outcome: &Outcome) {
-    let (Verdict::Forward { .. }, Some(out)) = (outcome.verdict, &outcome.emitted) else { return };
-    assert!(out.frame.len() <= frame.len(), "{} bytes in, {} out", frame.len(), out.frame.len());
-    let wrong = |frame: &[u8]| {
-        let lines = decode(frame, Strictness::Exact);
-        lines.iter().filter(|line| line.contains("(right is")).count()
+/// If a packet was forwarded that is longer than what came, or a right checksum became wrong or a wrong one right.
+pub fn check(outcome: &Outcome) {
+    let Verdict::Forward { .. } = outcome.verdict else { return };
+    let longest = outcome.came.iter().map(Vec::len).max().unwrap_or(0);
+    let left: Vec<Vec<u8>> = outcome.emitted.iter().map(|out| out.frame.clone()).collect();
+    for frame in &left {
+        assert!(frame.len() <= longest, "{longest} bytes in, {} out", frame.len());
+    }
+    let wrong = |frames: &[Vec<u8>]| -> usize {
+        let lines = frames.iter().flat_map(|frame| decode(frame, Strictness::Exact));
+        lines.filter(|line| line.contains("(right is")).count()
     };
-    let (before, after) = (wrong(frame), wrong(&out.frame));
+    if outcome.came.len() > 1 || left.len() > 1 {
+        assert_eq!(wrong(&left), 0, "every fragment has an IP header of its own");
+    }
+    let (came, left) = (fragments::join(&outcome.came), fragments::join(&left));
+    let shown = |frames: &[Vec<u8>]| -> Vec<Vec<String>> {
+        frames.iter().map(|frame| decode(frame, Strictness::Exact)).collect()
+    };
+    assert_eq!((came.len(), left.len()), (1, 1), "{:#?}\n{:#?}", shown(&came), shown(&left));
     assert_eq!(
-        before,
-        after,
+        wrong(&came),
+        wrong(&left),
         "wrong checksums before and after:\n{:#?}\n{:#?}",
-        decode(frame, Strictness::Exact),
-        decode(&out.frame, Strictness::Exact)
+        shown(&came),
+        shown(&left)
     );
 }
 

@@ -2,8 +2,10 @@
 //!
 //! A case that names an entry must differ exactly so; every other case must not differ at all.
 
-use crate::case::{Case, Emitted};
+use crate::case::{Case, Emitted, Side, Step};
 use crate::decode::{decode, difference};
+use crate::fragments::{is_fragment, join};
+use crate::twin::strictness;
 
 /// An allowed difference.
 #[derive(Clone, Copy, Debug)]
@@ -22,8 +24,8 @@ enum Rule {
     Silent,
     /// One packet is forwarded, as recorded but for the IP header and its options or extensions, which stay as they came.
     HeadersKept,
-    /// Nothing leaves, or an ICMP error goes back.
-    SilentOrAnswer,
+    /// The same datagrams leave, in fragments no longer than those that came; or the same error about the first fragment.
+    OtherFragments,
     /// The packet is forwarded, its checksum as wrong as it came.
     StaysWrong,
     /// The packet is routed: it leaves by the other port, one hop older and otherwise as it came.
@@ -35,10 +37,16 @@ enum Rule {
 /// Every allowed difference.
 pub const ENTRIES: &[Entry] = &[
     Entry {
-        name: "fragments",
-        about: "Linux reassembles fragments to translate them; Towpath drops fragments of Services, counted as `fragment`, and \
-                answers packets that would need fragmenting with the MTU, even where the sender allows it.",
-        rule: Rule::SilentOrAnswer,
+        name: "fragment-form",
+        about: "Linux puts fragments together and makes new ones: over IPv6 with another identification, over IPv4 all with the \
+                header of the first. Towpath sends the fragments on that came, and ICMP errors quote the first of them.",
+        rule: Rule::OtherFragments,
+    },
+    Entry {
+        name: "hostile-fragments",
+        about: "Linux forwards a first fragment that cuts the layer-4 header, and goes on with the rest where a fragment \
+                contradicts others in its bytes (or, over IPv6, is empty, or in its end); Towpath drops the datagram.",
+        rule: Rule::Silent,
     },
     Entry {
         name: "bad-l4-checksum",
@@ -100,8 +108,14 @@ pub fn judge(entry: &str, case: &Case, emitted: &[Vec<Emitted>]) -> Judgement {
             Rule::Kernel if !got.is_empty() && !same(&step.expected, got) => {
                 return wrong("not what Linux does");
             }
-            Rule::SilentOrAnswer if got.iter().any(|out| out.side != step.side) => {
-                return wrong("nothing may be forwarded");
+            Rule::OtherFragments => {
+                let longest = case.steps.iter().map(|step| step.frame.len()).max().unwrap_or(0);
+                if got.iter().any(|out| out.side != step.side && out.frame.len() > longest) {
+                    return wrong("a fragment grew");
+                }
+                if whole(step, &step.expected) != whole(step, got) {
+                    return wrong("another datagram than Linux sends");
+                }
             }
             Rule::HeadersKept => {
                 let rest = |out: &Emitted| {
@@ -117,11 +131,14 @@ pub fn judge(entry: &str, case: &Case, emitted: &[Vec<Emitted>]) -> Judgement {
                     return wrong("one packet with its headers as they came must leave");
                 }
             }
+            // A fragment waits for the last one.
+            Rule::StaysWrong if got.is_empty() && is_fragment(&step.frame) => {}
             Rule::StaysWrong => {
-                let forwarded = got.len() == 1 && got[0].side != step.side;
-                let bad =
-                    |out: &Emitted| decode(&out.frame, out.strictness).iter().any(|l| l.contains("right is"));
-                if !forwarded || !bad(&got[0]) {
+                let forwarded = got.iter().all(|out| out.side != step.side);
+                let whole = whole(step, got);
+                let bad = whole.iter().any(|line| line.contains("right is"));
+                let packets = whole.iter().filter(|line| line.starts_with("leaves by")).count();
+                if !forwarded || !bad || packets != 1 {
                     return wrong("one packet with a wrong checksum must leave");
                 }
             }
@@ -135,8 +152,11 @@ pub fn judge(entry: &str, case: &Case, emitted: &[Vec<Emitted>]) -> Judgement {
                     return wrong("the packet must leave as it came");
                 }
             }
-            Rule::Silent | Rule::Kernel | Rule::SilentOrAnswer => {}
+            Rule::Silent | Rule::Kernel => {}
         }
+    }
+    if matches!(entry.rule, Rule::StaysWrong) && emitted.iter().all(Vec::is_empty) {
+        return Judgement::Wrong("nothing left".into());
     }
     Judgement::Meant
 }
@@ -158,6 +178,31 @@ fn without_hop(lines: &[String]) -> Vec<String> {
             .join(" ");
     }
     lines
+}
+
+/// True if both are the same datagrams in fragments of the same number, whatever identifications they have.
+pub fn same_datagrams(step: &Step, expected: &[Emitted], got: &[Emitted]) -> bool {
+    expected.len() == got.len() && whole(step, expected) == whole(step, got)
+}
+
+/// What left for a step as lines, datagrams put together, without the IP headers that ICMP errors quote.
+fn whole(step: &Step, emitted: &[Emitted]) -> Vec<String> {
+    let mut all = Vec::new();
+    for side in [Side::Outside, Side::Inside] {
+        let frames: Vec<Vec<u8>> =
+            emitted.iter().filter(|out| out.side == side).map(|out| out.frame.clone()).collect();
+        for frame in join(&frames) {
+            let strictness = strictness(step.side, &step.frame, side, &frame);
+            let mut quoted = false;
+            let mut lines = Emitted { side, frame, strictness }.lines();
+            lines.retain(|line| {
+                quoted |= line == "quotes";
+                !quoted || !["ipv4 ", "ipv6 ", "extension "].iter().any(|word| line.starts_with(word))
+            });
+            all.extend(lines);
+        }
+    }
+    all
 }
 
 /// True if both say the same on the wire, as closely as [`crate::decode::Strictness`] of what was recorded asks for.

@@ -6,6 +6,7 @@
 pub mod case;
 pub mod cluster;
 pub mod decode;
+pub mod fragments;
 pub mod frames;
 pub mod gateway;
 pub mod ledger;

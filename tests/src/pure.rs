@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use af_xdp::{FramePool, Umem};
+use af_xdp::{Frame, FramePool, Umem};
 use anyhow::{Context as _, Result, bail};
 use config::fault::Code;
 use config::gateway::Gateway;
@@ -19,18 +19,22 @@ use forwarder::table::flow_map::{FlowMap, FlowMapConfig, FlowWorker};
 use forwarder::table::lpm::Lpm;
 use forwarder::tables::{Fib, NextHop, PortLink, Route, Tables};
 use forwarder::verdict::{Reason, Verdict};
+use forwarder::worker::batch::Batch;
+use forwarder::worker::reassembly::{Limits, Reassembly};
 use ipnet::IpNet;
 
 use crate::case::{Case, Emitted, Side, folder};
 use crate::twin::{ADDRESSES, INSIDE_MAC, NEIGHBORS, OUTSIDE_MAC, ROUTES, strictness};
 
-/// What became of one frame.
+/// What became of one frame, or of the datagram that it completes.
 #[derive(Debug)]
 pub struct Outcome {
     /// The pipeline's verdict.
     pub verdict: Verdict,
     /// What leaves.
-    pub emitted: Option<Emitted>,
+    pub emitted: Vec<Emitted>,
+    /// What the verdict is about: the frame, or every fragment of its datagram, in order.
+    pub came: Vec<Vec<u8>>,
 }
 
 impl Outcome {
@@ -54,6 +58,7 @@ pub struct Pure {
     rng: Rng,
     counters: Counters,
     pool: FramePool,
+    reassembly: Reassembly,
     gateway: Arc<Gateway>,
     /// Seconds of the clock that the pipeline is given.
     pub now_s: u32,
@@ -79,7 +84,10 @@ impl Pure {
         };
         let (flows, affinity) = (FlowMap::anonymous(config), FlowMap::anonymous(config));
         let (flow_worker, affinity_worker) = (flows.worker(0), affinity.worker(0));
-        let pool = Umem::anonymous(8, 4096).take_frames().context("frames of a new UMEM")?;
+        // Beside those of fragments that wait: a packet, and the pieces that it is cut into.
+        let frames = gateway.fragments.frames + 64;
+        let pool = Umem::anonymous(frames, 4096).take_frames().context("frames of a new UMEM")?;
+        let reassembly = Reassembly::new(Limits::from(&gateway.fragments));
         let rng = Rng::new(1);
         let counters = Counters::default();
         Ok(Pure {
@@ -92,6 +100,7 @@ impl Pure {
             rng,
             counters,
             pool,
+            reassembly,
             gateway,
             now_s: 100,
         })
@@ -115,14 +124,50 @@ impl Pure {
         self.flows.len()
     }
 
-    /// One frame through the pipeline, as a worker does it, the frame rewritten.
+    /// One frame through the pipeline, as a worker does it, the frame rewritten. A fragment waits for the others of its datagram; the
+    /// last one has the outcome of the datagram.
     ///
     /// # Panics
     /// Where the pipeline panics, which it must not for any frame of at most 4096 bytes less its headroom.
     pub fn feed(&mut self, side: Side, bytes: &[u8]) -> Outcome {
         let frame = self.pool.frame_from(bytes).expect("a frame of the pool, and bytes that fit it");
-        let port = if side == Side::Outside { 0 } else { 1 };
-        let mut burst = [Packet::new(frame, 0, port)];
+        let mut batch = Batch::default();
+        batch.push(Packet::new(frame, 0, if side == Side::Outside { 0 } else { 1 }), []);
+        self.judge(&mut batch);
+        let mut verdict = batch.packets[0].verdict;
+        if verdict == Verdict::Gather {
+            verdict = self.gather(&mut batch);
+        }
+        let came = match &batch.packets[..] {
+            [] => vec![bytes.to_vec()],
+            packets => packets.iter().map(|packet| packet.frame.data().to_vec()).collect(),
+        };
+        batch.rewrite(&self.fib, &mut self.pool);
+        let mut emitted = Vec::new();
+        let mut leaves = |port: u8, frame: &[u8]| {
+            let to = if port == 0 { Side::Outside } else { Side::Inside };
+            let strictness = strictness(side, bytes, to, frame);
+            emitted.push(Emitted { side: to, frame: frame.to_vec(), strictness });
+        };
+        for packet in batch.packets {
+            match packet.verdict {
+                Verdict::Forward { port } if packet.cut_to != 0 => {
+                    for piece in batch.pieces.drain(..) {
+                        leaves(port, piece.data());
+                        self.pool.push(piece);
+                    }
+                }
+                Verdict::Forward { port } | Verdict::Answer { port, .. } => leaves(port, packet.frame.data()),
+                _ => {}
+            }
+            self.pool.push(packet.frame);
+        }
+        self.flows.quiescent(&mut self.flow_worker);
+        self.affinity.quiescent(&mut self.affinity_worker);
+        Outcome { verdict, emitted, came }
+    }
+
+    fn judge(&mut self, batch: &mut Batch) {
         let mut answers = AnswerBudget::new(u32::MAX);
         let mut cx = Context {
             tables: &self.tables,
@@ -137,24 +182,29 @@ impl Pure {
             counters: &self.counters,
             read_only: false,
         };
-        pipeline::run(&mut burst, &mut cx, &mut ());
-        let [mut packet] = burst;
-        let verdict = packet.verdict;
-        let emitted = match verdict {
-            Verdict::Forward { port } | Verdict::Answer { port, .. } => {
-                pipeline::rewrite(&mut packet, &[], &self.fib).then(|| {
-                    let to = if port == 0 { Side::Outside } else { Side::Inside };
-                    let frame = packet.frame.data().to_vec();
-                    let strictness = strictness(side, bytes, to, &frame);
-                    Emitted { side: to, frame, strictness }
-                })
+        pipeline::run(&mut batch.packets, &mut cx, &mut ());
+    }
+
+    /// Takes a fragment out of `batch`, and puts the datagram there that it completes, judged. Returns the verdict.
+    fn gather(&mut self, batch: &mut Batch) -> Verdict {
+        let packet = batch.packets.remove(0);
+        batch.tail_counts.clear();
+        let (chunk, now_ns) = (packet.frame.chunk(), u64::from(self.now_s) * 1_000_000_000);
+        let mut verdict = Verdict::Gather;
+        let mut give_up = |reason, frame: Frame, _| {
+            if frame.chunk() == chunk {
+                verdict = Verdict::Drop(reason);
             }
-            _ => None,
+            self.pool.push(frame);
         };
-        self.pool.push(packet.frame);
-        self.flows.quiescent(&mut self.flow_worker);
-        self.affinity.quiescent(&mut self.affinity_worker);
-        Outcome { verdict, emitted }
+        self.reassembly.expire(now_ns, &mut give_up);
+        self.reassembly.add(packet, [].into_iter(), now_ns, &mut give_up);
+        if self.reassembly.take_complete(batch) == 0 {
+            return verdict;
+        }
+        self.judge(batch);
+        batch.follow();
+        batch.packets[0].verdict
     }
 
     /// Every frame of a case.

@@ -19,6 +19,7 @@ pub(super) fn check(gateway: &Gateway) -> Vec<Fault> {
     health(gateway, &mut faults);
     workers(gateway, &mut faults);
     flows(gateway, &mut faults);
+    fragments(gateway, &mut faults);
     memory(gateway, &mut faults);
     ports(gateway, &mut faults);
     faults
@@ -266,6 +267,16 @@ fn flows(gateway: &Gateway, faults: &mut Vec<Fault>) {
     }
 }
 
+fn fragments(gateway: &Gateway, faults: &mut Vec<Fault>) {
+    let fragments = &gateway.fragments;
+    bounds("fragments.datagrams", fragments.datagrams.into(), 1, 1 << 16, "datagrams", faults);
+    // The longest datagram, in packets of 1,500 bytes, has 45 fragments.
+    bounds("fragments.frames", fragments.frames.into(), 64, 1 << 16, "frames", faults);
+    for (field, seconds) in [("fragments.ipv4_s", fragments.ipv4_s), ("fragments.ipv6_s", fragments.ipv6_s)] {
+        bounds(field, seconds.into(), 1, 600, "seconds", faults);
+    }
+}
+
 fn memory(gateway: &Gateway, faults: &mut Vec<Fault>) {
     let rings = &gateway.rings;
     for (field, size) in [
@@ -285,11 +296,12 @@ fn memory(gateway: &Gateway, faults: &mut Vec<Fault>) {
         let remedy = "use 4096, or 2048 for more frames in the same memory";
         faults.push(invalid("umem.chunk_size", umem.chunk_size, "not a size of a frame", remedy));
     }
-    let least = gateway.frames_in_rings();
+    let least = gateway.frames_needed();
     if let Some(frames) = umem.frames
         && !(least..=1 << 24).contains(&frames)
     {
-        let message = format!("the rings of {} ports hold up to {least} frames", gateway.ports.len());
+        let message =
+            format!("the rings of {} ports and fragments hold up to {least} frames", gateway.ports.len());
         faults.push(invalid(
             "umem.frames",
             frames,

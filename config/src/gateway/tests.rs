@@ -136,7 +136,10 @@ fn bad_sections_are_refused_by_field() {
     refuses_section("[rings]\ntx = 0", "rings.tx", "use 64");
     refuses_section("[rings]\nfill = 131072", "rings.fill", "use 65536");
     refuses_section("[umem]\nchunk_size = 2049", "umem.chunk_size", "use 4096");
-    refuses_section("[umem]\nframes = 100", "umem.frames", "use 12288");
+    refuses_section("[umem]\nframes = 100", "umem.frames", "use 12800");
+    refuses_section("[fragments]\ndatagrams = 0", "fragments.datagrams", "1 to 65536");
+    refuses_section("[fragments]\nframes = 44", "fragments.frames", "64 to 65536");
+    refuses_section("[fragments]\nipv6_s = 601", "fragments.ipv6_s", "1 to 600");
     refuses_section("[workers]\ncpus = []", "workers.cpus", "no worker");
     refuses_section("[workers]\ncpus = [1, 1]", "workers.cpus[1]", "twice");
     refuses_section("[workers]\ncpus = [-1]", "workers.cpus[0]", "-1");

@@ -84,7 +84,8 @@ impl WorkerLink {
         self.heartbeat_ns.load(Ordering::Relaxed)
     }
 
-    /// Worker: it begins to sleep for want of packets, or has woken up. For people only.
+    /// Worker: it begins to sleep for want of packets, or has woken up. For people, and for workers that have something
+    /// for this one.
     pub fn set_asleep(&self, asleep: bool) {
         self.asleep.store(asleep, Ordering::Relaxed);
     }

@@ -35,8 +35,10 @@ use crate::port::xsk::steer::Heartbeats;
 use crate::stage::flow::{self, Phase};
 use crate::table::flow_map::{FlowMap, FlowMapConfig};
 use crate::worker::Worker;
+use crate::worker::exchange::Exchange;
 use crate::worker::hold::Resolve;
 use crate::worker::punt::Punt;
+use crate::worker::reassembly::Limits;
 
 /// Neighbors that the kernel is asked to keep resolved at most; its own limit is `gc_thresh3`, 1,024 by default.
 const NEIGHBORS: usize = 16_384;
@@ -96,6 +98,7 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
         restarts: manifest.restarts,
     })?;
 
+    let exchange = Exchange::new(publisher.workers());
     let started_ns = monotonic_ns();
     let stop = Arc::new(AtomicBool::new(false));
     let mut threads = Vec::new();
@@ -110,6 +113,8 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
             affinity: affinity.clone(),
             heartbeats: heartbeats.clone(),
             resolve: resolve(&mirror),
+            fragments: Limits::from(&gateway.fragments),
+            exchange: exchange.clone(),
             poll: gateway.workers.poll,
         };
         threads.push(start_worker(worker, gateway.workers.cpus[index], stop.clone())?);

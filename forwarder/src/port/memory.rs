@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 
-use super::{Burst, Frame, FramePool, Kick, Mode, Port, QueueAccount, QueueFrames};
+use super::{Burst, Frame, FramePool, Kick, Mode, Port, QueueAccount, QueueFrames, copy_in};
 
 /// A port whose wire is two queues of byte vectors.
 #[derive(Debug, Default)]
@@ -41,22 +41,6 @@ impl MemoryPort {
     pub fn limit_tx(&mut self, packets: Option<usize>) {
         self.tx_room = packets;
     }
-}
-
-/// Copies `packet` into as many frames as it needs. False, with nothing taken, if there are too few.
-pub(super) fn copy_in(packet: &[u8], pool: &mut FramePool, burst: &mut Burst) -> bool {
-    let Some(first) = pool.pop() else { return false };
-    let room = first.capacity();
-    pool.push(first);
-    if pool.len() < packet.len().div_ceil(room).max(1) {
-        return false;
-    }
-    let mut segments = packet.chunks(room);
-    burst.push(pool.frame_from(segments.next().unwrap_or_default()).expect("counted above"));
-    for segment in segments {
-        burst.push_tail(pool.frame_from(segment).expect("counted above"));
-    }
-    true
 }
 
 /// Takes the first packet out of `burst`: its bytes, and its frames onto `frames`.

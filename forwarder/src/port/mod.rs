@@ -66,6 +66,22 @@ pub trait Port {
     fn account(&mut self) -> QueueAccount;
 }
 
+/// Copies `packet` into as many frames as it needs. False, with nothing taken, if there are too few.
+pub(crate) fn copy_in(packet: &[u8], pool: &mut FramePool, burst: &mut Burst) -> bool {
+    let Some(first) = pool.pop() else { return false };
+    let room = first.capacity();
+    pool.push(first);
+    if pool.len() < packet.len().div_ceil(room).max(1) {
+        return false;
+    }
+    let mut segments = packet.chunks(room);
+    burst.push(pool.frame_from(segments.next().unwrap_or_default()).expect("counted above"));
+    for segment in segments {
+        burst.push_tail(pool.frame_from(segment).expect("counted above"));
+    }
+    true
+}
+
 /// How packets are exchanged with the driver, best first.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Mode {

@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
 
-use super::memory::{copy_in, copy_out};
-use super::{Burst, Frame, FramePool, Kick, Mode, Port, QueueAccount, QueueFrames};
+use super::memory::copy_out;
+use super::{Burst, Frame, FramePool, Kick, Mode, Port, QueueAccount, QueueFrames, copy_in};
 
 const MAGIC_US: u32 = 0xa1b2_c3d4;
 const MAGIC_NS: u32 = 0xa1b2_3c4d;

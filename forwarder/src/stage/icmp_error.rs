@@ -3,7 +3,7 @@
 use zerocopy::FromBytes;
 
 use crate::addr::{Addr, Tuple, protocol};
-use crate::packet::{Layer4, Packet, Rewrite};
+use crate::packet::{Layer4, Packet, Part, Rewrite};
 use crate::pipeline::Context;
 use crate::trace::{Step, Trace};
 use crate::verdict::Reason;
@@ -101,7 +101,7 @@ pub fn quote(packet: &Packet) -> Option<Quote> {
     } else {
         let (header, rest) = ipv6::Header::ref_from_prefix(bytes).ok()?;
         let chain = ipv6::walk(header.next_header, rest).ok()?;
-        if header.version_class_label.get() >> 28 != 6 || chain.later_fragment {
+        if header.version_class_label.get() >> 28 != 6 || chain.is_later_fragment() {
             return None;
         }
         let (src, dst) = (Addr::v6(header.src.get()), Addr::v6(header.dst.get()));
@@ -131,8 +131,12 @@ fn is_redirect(packet: &Packet) -> bool {
     packet.tuple.src.is_v4() && packet.frame.data().get(usize::from(packet.l4)) == Some(&icmp::v4::REDIRECT)
 }
 
-/// An error that is to be translated must be sound, since its checksum is computed anew.
+/// An error that is to be translated must be sound, since its checksum is computed anew. One in fragments is not: errors fit the
+/// smallest MTU (RFC 1812 section 4.3.2.3, RFC 4443 section 2.4 c).
 fn checksum_is_right(packet: &Packet) -> bool {
+    if packet.part != Part::Whole {
+        return false;
+    }
     let end = usize::from(packet.l3) + usize::from(packet.ip_len);
     let Some(bytes) = packet.frame.data().get(usize::from(packet.l4)..end) else { return false };
     let pseudo = if packet.tuple.src.is_v4() {

@@ -6,18 +6,18 @@
 use zerocopy::FromBytes;
 
 use crate::addr::{Addr, Tuple, protocol};
-use crate::packet::{Layer4, Packet};
+use crate::packet::{Fragment, Layer4, Packet, Part};
 use crate::pipeline::Context;
-use crate::tables::{Fib, PortSettings};
+use crate::stage::flow::source_side_matches;
+use crate::tables::{Fib, PortSettings, Tables};
 use crate::trace::{Step, Trace};
 use crate::verdict::{Reason, Verdict};
-use crate::wire::{checksum, ethernet, icmp, ipv4, ipv6, tcp, udp};
+use crate::wire::{checksum, ethernet, icmp, ipv4, ipv6, sctp, tcp, udp};
 
 /// Parses a burst. Packets that are malformed or not ours have a verdict afterwards, all others their tuple.
 pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
     for (index, packet) in burst.iter_mut().enumerate() {
-        let settings = cx.tables.settings.ports.get(usize::from(packet.port)).copied().unwrap_or_default();
-        match packet_headers(packet, cx.fib, settings) {
+        match packet_headers(packet, cx.tables, cx.fib) {
             Ok(()) => trace.step(index, || Step::Parsed(packet.tuple)),
             Err(verdict) => packet.verdict = verdict,
         }
@@ -25,7 +25,7 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
 }
 
 /// Fills the metadata of one packet, or says what becomes of it at once.
-fn packet_headers(packet: &mut Packet, fib: &Fib, settings: PortSettings) -> Result<(), Verdict> {
+fn packet_headers(packet: &mut Packet, tables: &Tables, fib: &Fib) -> Result<(), Verdict> {
     let data = packet.frame.data();
     let (ethertype, l3) = ethernet::payload(data).ok_or(Verdict::Drop(Reason::Truncated))?;
     let available = data.len() - l3 + packet.tail_len as usize;
@@ -36,8 +36,23 @@ fn packet_headers(packet: &mut Packet, fib: &Fib, settings: PortSettings) -> Res
         _ => return Err(Verdict::Punt),
     }
     check_link_destination(packet, fib)?;
-    parse_l4(packet, settings);
-    Ok(())
+    packet.out = packet.tuple;
+    let settings = tables.settings.ports.get(usize::from(packet.port)).copied().unwrap_or_default();
+    if packet.layer4 != Layer4::Fragment {
+        parse_l4(packet, settings);
+        return Ok(());
+    }
+    match packet.part {
+        Part::First(_) => parse_first_fragment(packet, settings),
+        Part::Later => Ok(()),
+        // Spoofed ones must not take the room of others while they wait.
+        Part::Whole | Part::Fragment(_)
+            if !source_side_matches(packet.tuple.src, packet.port, tables, fib) =>
+        {
+            Err(drop(Reason::SpoofedSource))
+        }
+        Part::Whole | Part::Fragment(_) => Err(Verdict::Gather),
+    }
 }
 
 fn drop(reason: Reason) -> Verdict {
@@ -81,9 +96,15 @@ fn parse_v4(packet: &mut Packet, available: usize) -> Result<(), Verdict> {
         Tuple { src: Addr::v4(src), dst: Addr::v4(dst), src_port: 0, dst_port: 0, protocol: header.protocol };
     packet.l4 = (l3 + header_len) as u16;
     packet.ip_len = total_len as u16;
+    packet.longest = total_len as u16;
     packet.ttl = header.ttl;
     packet.dont_fragment = header.fragment.get() & ipv4::DONT_FRAGMENT != 0;
-    packet.layer4 = if header.is_fragment() { Layer4::Fragment } else { Layer4::Other };
+    packet.layer4 = Layer4::Other;
+    if header.is_fragment() {
+        let more = header.fragment.get() & ipv4::MORE_FRAGMENTS != 0;
+        let (id, offset) = (u32::from(header.id.get()), header.fragment_offset());
+        packet.found_fragment(Fragment { id, offset, more, data: packet.l4 });
+    }
     Ok(())
 }
 
@@ -123,9 +144,14 @@ fn parse_v6(packet: &mut Packet, available: usize) -> Result<(), Verdict> {
         Tuple { src: Addr::v6(src), dst: Addr::v6(dst), src_port: 0, dst_port: 0, protocol: chain.protocol };
     packet.l4 = (l3 + ipv6::HEADER_LEN + chain.len) as u16;
     packet.ip_len = total_len as u16;
+    packet.longest = total_len as u16;
     packet.ttl = hop_limit;
     packet.dont_fragment = true;
-    packet.layer4 = if chain.fragment { Layer4::Fragment } else { Layer4::Other };
+    packet.layer4 = Layer4::Other;
+    if let Some(ipv6::FragmentHeader { end, offset, more, id }) = chain.fragment {
+        let data = (l3 + ipv6::HEADER_LEN + end) as u16;
+        packet.found_fragment(Fragment { id, offset, more, data });
+    }
     Ok(())
 }
 
@@ -138,17 +164,36 @@ fn check_link_destination(packet: &Packet, fib: &Fib) -> Result<(), Verdict> {
     }
 }
 
+/// The first fragment of a datagram that is all here: read as the datagram, but for the layer-4 header, which must be in this fragment
+/// as a whole (RFC 1858 section 3, RFC 7112 section 5).
+fn parse_first_fragment(packet: &mut Packet, settings: PortSettings) -> Result<(), Verdict> {
+    let Part::First(datagram) = packet.part else { return Ok(()) };
+    packet.longest = datagram.longest;
+    packet.dont_fragment = datagram.dont_fragment || !packet.tuple.src.is_v4();
+    let end = usize::from(packet.l3) + usize::from(packet.ip_len);
+    let data = packet.frame.data();
+    let bytes = data.get(usize::from(packet.l4)..end.min(data.len())).unwrap_or_default();
+    let needed = match packet.tuple.protocol {
+        protocol::TCP => bytes.get(12).map_or(tcp::HEADER_LEN, |offset| usize::from(offset >> 4) * 4),
+        protocol::SCTP => sctp::HEADER_LEN,
+        protocol::UDP | protocol::ICMP | protocol::ICMPV6 => udp::HEADER_LEN,
+        _ => 0,
+    };
+    if bytes.len() < needed {
+        return Err(drop(Reason::FragmentTiny));
+    }
+    // Linux finishes checksums before it fragments (ip_do_fragment, ip6_fragment).
+    parse_l4(packet, PortSettings { partial_checksums: false, ..settings });
+    Ok(())
+}
+
 /// Reads ports and flags. A header that contradicts its lengths leaves [`Layer4::Malformed`]: such a packet may be routed, as
 /// Linux does, but is never translated.
 fn parse_l4(packet: &mut Packet, settings: PortSettings) {
-    packet.out = packet.tuple;
-    if packet.layer4 == Layer4::Fragment {
-        return;
-    }
-    let l4_len = usize::from(packet.l3) + usize::from(packet.ip_len) - usize::from(packet.l4);
+    let l4_len = packet.layer4_len();
     let data = packet.frame.data();
-    let in_frame = &data[usize::from(packet.l4).min(data.len())..];
-    let bytes = &in_frame[..in_frame.len().min(l4_len)];
+    let end = usize::from(packet.l3) + usize::from(packet.ip_len);
+    let bytes = &data[usize::from(packet.l4).min(data.len())..end.min(data.len())];
     let v4 = packet.tuple.src.is_v4();
     let (layer4, ports) = match (packet.tuple.protocol, v4) {
         (protocol::TCP, _) => match tcp::Header::ref_from_prefix(bytes) {
@@ -172,7 +217,7 @@ fn parse_l4(packet: &mut Packet, settings: PortSettings) {
             _ => (Layer4::Malformed, (0, 0)),
         },
         (protocol::SCTP, _) => match bytes {
-            [s0, s1, d0, d1, ..] if bytes.len() >= 12 => {
+            [s0, s1, d0, d1, ..] if bytes.len() >= sctp::HEADER_LEN => {
                 (Layer4::Sctp, (u16::from_be_bytes([*s0, *s1]), u16::from_be_bytes([*d0, *d1])))
             }
             _ => (Layer4::Malformed, (0, 0)),

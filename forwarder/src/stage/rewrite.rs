@@ -7,7 +7,7 @@ use af_xdp::{Frame, HEAD_LEN};
 use zerocopy::FromBytes;
 
 use crate::addr::{Addr, protocol};
-use crate::packet::{Answer, Layer4, Packet, Rewrite};
+use crate::packet::{Answer, Layer4, Packet, Part, Rewrite};
 use crate::stage::icmp_error;
 use crate::tables::Fib;
 use crate::wire::checksum::{self, Delta};
@@ -133,17 +133,26 @@ fn translate(packet: &mut Packet) {
     }
 }
 
-/// SCTP's CRC covers the ports, but no address (RFC 9260 section 6.8).
+/// SCTP's CRC covers the ports, but no address (RFC 9260 section 6.8). It is computed anew, since Linux may have left it unfinished;
+/// not so where the packet is in several frames or fragments.
 fn translate_sctp(packet: &mut Packet) {
     let (old, new) = (packet.tuple, packet.out);
-    let (l3, l4) = (usize::from(packet.l3), usize::from(packet.l4));
-    let end = l3 + usize::from(packet.ip_len);
+    let (l3, l4, l4_len) = (usize::from(packet.l3), usize::from(packet.l4), packet.layer4_len());
     let data = packet.frame.data_mut();
     set_addresses(data, l3, (old.src, old.dst), (new.src, new.dst));
+    let ports = [data[l4], data[l4 + 1], data[l4 + 2], data[l4 + 3]];
     put_word(data, l4, new.src_port);
     put_word(data, l4 + 2, new.dst_port);
-    let end = end.min(data.len());
-    sctp::set_checksum(&mut data[l4..end]);
+    if let Some(whole) = data.get_mut(l4..l4 + l4_len)
+        && packet.part == Part::Whole
+    {
+        return sctp::set_checksum(whole);
+    }
+    let changed = [data[l4], data[l4 + 1], data[l4 + 2], data[l4 + 3]];
+    let at = l4 + sctp::CHECKSUM_OFFSET;
+    let checksum = u32::from_le_bytes([data[at], data[at + 1], data[at + 2], data[at + 3]]);
+    let checksum = sctp::update_checksum(checksum, ports, changed, l4_len - 4);
+    data[at..at + 4].copy_from_slice(&checksum.to_le_bytes());
 }
 
 /// Lowers maximum segment sizes to the packet's limit (RFC 9293 section 3.7.1).
@@ -203,15 +212,20 @@ fn set_icmp_checksum(message: &mut [u8], src: Addr, dst: Addr) {
 fn count_hop(packet: &mut Packet) {
     let l3 = usize::from(packet.l3);
     let v4 = packet.tuple.src.is_v4();
-    let data = headers_mut(packet);
+    let ttl = packet.ttl.wrapping_sub(1);
+    set_ttl(headers_mut(packet), l3, v4, ttl);
+}
+
+/// Writes TTL or hop limit.
+fn set_ttl(data: &mut [u8], l3: usize, v4: bool, ttl: u8) {
     if v4 {
         let old = word_at(data, l3 + 8);
-        let new = old.wrapping_sub(0x0100);
+        let new = u16::from_be_bytes([ttl, data[l3 + 9]]);
         put_word(data, l3 + 8, new);
         let sum = Delta::ZERO.word(old, new).apply(word_at(data, l3 + 10));
         put_word(data, l3 + 10, sum);
     } else {
-        data[l3 + 7] = data[l3 + 7].wrapping_sub(1);
+        data[l3 + 7] = ttl;
     }
 }
 
@@ -224,7 +238,7 @@ fn finish_checksum(packet: &mut Packet, tails: &[Frame]) {
         Layer4::Udp => (l4 + udp::CHECKSUM_OFFSET, true),
         _ => return,
     };
-    let l4_len = usize::from(packet.l3) + usize::from(packet.ip_len) - l4;
+    let l4_len = packet.layer4_len();
     put_word(headers_mut(packet), at, 0);
     let data = packet.frame.data();
     let first = &data[l4..data.len().min(l4 + l4_len)];
@@ -263,7 +277,7 @@ fn write_answer(packet: &mut Packet, answer: Answer, fib: &Fib) -> bool {
     written
 }
 
-/// RFC 792, RFC 4443 section 4.2: the same message back.
+/// RFC 792, RFC 4443 section 4.2: the same message back, in the same fragments if it came in fragments.
 fn write_echo_reply(packet: &mut Packet) -> bool {
     trim(packet);
     let (src, dst) = (packet.tuple.dst, packet.tuple.src);
@@ -273,32 +287,22 @@ fn write_echo_reply(packet: &mut Packet) -> bool {
         return false;
     }
     let v4 = src.is_v4();
-    let old = word_at(data, l4);
-    data[l4] = if v4 { icmp::v4::ECHO_REPLY } else { icmp::v6::ECHO_REPLY };
-    let sum = Delta::ZERO.word(old, word_at(data, l4)).apply(word_at(data, l4 + 2));
-    put_word(data, l4 + 2, sum);
-    set_addresses(data, l3, (dst, src), (src, dst));
-    set_own_ttl(data, l3, v4);
-    true
-}
-
-fn set_own_ttl(data: &mut [u8], l3: usize, v4: bool) {
-    if v4 {
-        let old = word_at(data, l3 + 8);
-        let new = u16::from_be_bytes([OWN_TTL, data[l3 + 9]]);
-        put_word(data, l3 + 8, new);
-        let sum = Delta::ZERO.word(old, new).apply(word_at(data, l3 + 10));
-        put_word(data, l3 + 10, sum);
-    } else {
-        data[l3 + 7] = OWN_TTL;
+    if packet.part != Part::Later {
+        let old = word_at(data, l4);
+        data[l4] = if v4 { icmp::v4::ECHO_REPLY } else { icmp::v6::ECHO_REPLY };
+        let sum = Delta::ZERO.word(old, word_at(data, l4)).apply(word_at(data, l4 + 2));
+        put_word(data, l4 + 2, sum);
     }
+    set_addresses(data, l3, (dst, src), (src, dst));
+    set_ttl(data, l3, v4, OWN_TTL);
+    true
 }
 
 /// RFC 9293 section 3.10.7.1: the RST that a closed port sends.
 fn write_reset(packet: &mut Packet) -> bool {
-    let (l3, l4) = (usize::from(packet.l3), usize::from(packet.l4));
+    let l4 = usize::from(packet.l4);
     let (src, dst) = (packet.tuple.dst, packet.tuple.src);
-    let l4_len = l3 + usize::from(packet.ip_len) - l4;
+    let l4_len = packet.layer4_len();
     let Ok((header, _)) = tcp::Header::ref_from_prefix(&packet.frame.data()[l4..]) else { return false };
     let header = *header;
     let control = u32::from(header.flags & (tcp::SYN | tcp::FIN) != 0);

@@ -64,7 +64,8 @@ fn trace_route(
     });
 }
 
-/// Sends the packet to `next_hop`, unless its hop count or its size forbids (RFC 1812 sections 5.3.1 and 4.2.3.3, RFC 8201).
+/// Sends the packet to `next_hop`, unless its hop count or its size forbids (RFC 1812 sections 5.3.1 and 4.2.3.3, RFC 8201). What is
+/// too long and may be fragmented will be (RFC 1812 section 5.2.6).
 fn forward(packet: &mut Packet, next_hop: &NextHop, fib: &Fib) {
     let Some(link) = fib.ports.get(usize::from(next_hop.port)).filter(|link| link.up) else {
         return packet.drop(Reason::PortDown);
@@ -72,10 +73,13 @@ fn forward(packet: &mut Packet, next_hop: &NextHop, fib: &Fib) {
     if packet.ttl <= 1 {
         return refuse(packet, Answer::TimeExceeded, Reason::TtlExceeded);
     }
-    if packet.ip_len > next_hop.mtu {
-        let mtu =
-            if packet.tuple.src.is_v4() { next_hop.mtu } else { next_hop.mtu.max(ipv6::MIN_MTU as u16) };
-        return refuse(packet, Answer::TooBig { mtu }, Reason::PacketTooBig);
+    if packet.longest > next_hop.mtu {
+        if packet.dont_fragment {
+            let mtu =
+                if packet.tuple.src.is_v4() { next_hop.mtu } else { next_hop.mtu.max(ipv6::MIN_MTU as u16) };
+            return refuse(packet, Answer::TooBig { mtu }, Reason::PacketTooBig);
+        }
+        packet.cut_to = next_hop.mtu;
     }
     packet.gateway = next_hop.gateway;
     packet.verdict = match next_hop.mac {

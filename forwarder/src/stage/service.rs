@@ -174,8 +174,8 @@ fn owned_address(packet: &mut Packet, vip: Vip, origin: Origin, cx: &Context<'_>
         Layer4::Echo { request: true } => packet.answer(Answer::EchoReply, Reason::EchoAnswered),
         Layer4::Echo { request: false } | Layer4::IcmpOther => packet.drop(Reason::IcmpNotForUs),
         Layer4::IcmpError => packet.drop(Reason::NoFlow),
-        Layer4::Fragment => packet.drop(Reason::Fragment),
-        Layer4::Malformed => packet.drop(Reason::BadL4Header),
+        // No fragment comes here but as part of its datagram.
+        Layer4::Malformed | Layer4::Fragment => packet.drop(Reason::BadL4Header),
         Layer4::Tcp { flags } if !tcp::valid_flags(flags) => packet.drop(Reason::BadTcpFlags),
         Layer4::Tcp { .. } | Layer4::Udp | Layer4::Sctp | Layer4::Other => {
             reject(packet, Reason::UnknownPort)

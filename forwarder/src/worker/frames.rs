@@ -83,7 +83,7 @@ impl Frames {
         get(&self.free)
     }
 
-    /// Frames of packets that wait for a next hop.
+    /// Frames of packets that wait: for a next hop, or for other fragments.
     pub fn held(&self) -> u64 {
         get(&self.held)
     }

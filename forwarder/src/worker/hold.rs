@@ -2,14 +2,14 @@
 
 use std::collections::VecDeque;
 
-use super::Batch;
+use super::batch::Batch;
 use crate::addr::Addr;
-use crate::packet::{BURST, Packet};
+use crate::packet::{Packet, Part};
 use crate::port::Frame;
 
 /// Packets that wait in one worker at most.
 const MOST: usize = 256;
-/// Packets that wait for one next hop at most, as many as Linux keeps (`unres_qlen_bytes` is about 100 of them): enough
+/// Datagrams that wait for one next hop at most, as many as Linux keeps (`unres_qlen_bytes` is about 100 of them): enough
 /// for the first packets of a few connections.
 const MOST_PER_NEXT_HOP: usize = 16;
 /// How long a packet waits at most, as long as Linux tries (`mcast_solicit` times `retrans_time_ms` is 3 s; a client
@@ -26,6 +26,21 @@ struct Held {
     deadline_ns: u64,
 }
 
+impl Held {
+    /// How many packets must be judged together with this one, itself included.
+    fn together(&self) -> usize {
+        packets_of(&self.packet.part)
+    }
+}
+
+/// How many packets begin with this one: those of its datagram.
+fn packets_of(part: &Part) -> usize {
+    match part {
+        Part::First(datagram) => usize::from(datagram.fragments),
+        _ => 1,
+    }
+}
+
 /// Has the kernel find out the link-layer address of a next hop: port index and address. Must not wait. The answer is
 /// a newer epoch of the forwarding table.
 pub type Resolve = Box<dyn FnMut(u8, Addr) + Send>;
@@ -35,13 +50,15 @@ pub struct Holding {
     waiting: VecDeque<Held>,
     /// Epoch of the forwarding table that they were judged by.
     epoch: u32,
+    /// The last datagram was refused, and so are its later fragments.
+    refusing: bool,
     resolve: Resolve,
 }
 
 impl Holding {
     /// `resolve` is called for the first packet that waits for a next hop.
     pub fn new(resolve: Resolve) -> Holding {
-        Holding { waiting: VecDeque::with_capacity(MOST), epoch: 0, resolve }
+        Holding { waiting: VecDeque::with_capacity(MOST), epoch: 0, refusing: false, resolve }
     }
 
     /// How many packets wait.
@@ -60,7 +77,8 @@ impl Holding {
     }
 
     /// Keeps a packet that leaves by `port` until its next hop is known. `deadline_ns`: 0 for a packet that has not
-    /// waited yet. Gives the packet back if too many wait already.
+    /// waited yet. Gives the packet back if too many wait already. Later fragments come right after the first, and share
+    /// its fate.
     pub fn hold(
         &mut self,
         port: u8,
@@ -70,12 +88,18 @@ impl Holding {
         now_ns: u64,
     ) -> Option<Packet> {
         let gateway = packet.gateway;
-        let same = self.waiting.iter().filter(|held| (held.port, held.gateway) == (port, gateway)).count();
-        if self.waiting.len() >= MOST || same >= MOST_PER_NEXT_HOP {
-            return Some(packet);
+        if packet.part != Part::Later {
+            let same = |held: &&Held| {
+                (held.port, held.gateway) == (port, gateway) && held.packet.part != Part::Later
+            };
+            let same = self.waiting.iter().filter(same).count();
+            self.refusing = self.waiting.len() + packets_of(&packet.part) > MOST || same >= MOST_PER_NEXT_HOP;
+            if same == 0 && !self.refusing {
+                (self.resolve)(port, gateway);
+            }
         }
-        if same == 0 {
-            (self.resolve)(port, gateway);
+        if self.refusing {
+            return Some(packet);
         }
         let deadline_ns = if deadline_ns == 0 { now_ns + PATIENCE_NS } else { deadline_ns };
         self.waiting.push_back(Held { packet, tails: tails.collect(), port, gateway, deadline_ns });
@@ -98,12 +122,15 @@ impl Holding {
         while left > 0 {
             // Packets of one batch share their deadline.
             let deadline_ns = self.waiting[0].deadline_ns;
-            while batch.packets.len() < BURST && left > 0 && self.waiting[0].deadline_ns == deadline_ns {
-                let Some(held) = self.waiting.pop_front() else { break };
-                let Packet { frame, tail_len, port, .. } = held.packet;
-                batch.packets.push(Packet::new(frame, tail_len, port));
-                batch.tail_counts.push(held.tails.len() as u16);
-                batch.tails.extend(held.tails);
+            while left > 0
+                && let Some(held) = self
+                    .waiting
+                    .pop_front_if(|held| held.deadline_ns == deadline_ns && held.together() <= batch.room())
+            {
+                let Packet { frame, tail_len, port, part, .. } = held.packet;
+                let mut packet = Packet::new(frame, tail_len, port);
+                packet.part = part;
+                batch.push(packet, held.tails);
                 left -= 1;
             }
             batch.deadline_ns = deadline_ns;

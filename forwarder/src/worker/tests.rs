@@ -15,6 +15,8 @@ use crate::table::flow_map::FlowMapConfig;
 use crate::table::lpm::Lpm;
 use crate::tables::{NextHop, PortLink, PortSettings, Route, Settings};
 
+mod fragments;
+
 const FRAMES: usize = 512;
 const NEXT_HOP_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
 
@@ -39,7 +41,13 @@ struct Rig {
 impl Rig {
     fn new() -> Rig {
         let publisher = Publisher::new(1).unwrap();
-        let config = FlowMapConfig { capacity: 1024, ..FlowMapConfig::default() };
+        let exchange = Exchange::new(publisher.workers());
+        Rig::of(publisher, exchange, 0)
+    }
+
+    /// One of several workers.
+    fn of(publisher: Arc<Publisher>, exchange: Arc<Exchange>, index: usize) -> Rig {
+        let config = FlowMapConfig { capacity: 1024, workers: 2, ..FlowMapConfig::default() };
         let asked = Arc::new(Mutex::new(Vec::new()));
         let ask = asked.clone();
         let tap = || {
@@ -48,15 +56,22 @@ impl Rig {
         };
         let (punts, taps) = (0..2).map(|_| tap()).map(|(ours, kernels)| (Punt::new(ours), kernels)).unzip();
         let worker = Worker {
-            index: 0,
+            index,
             ports: vec![MemoryPort::new(), MemoryPort::new()],
             pool: Umem::anonymous(FRAMES as u32, 2048).take_frames().unwrap(),
             punts,
-            reader: publisher.reader(0),
+            reader: publisher.reader(index),
             flows: Arc::new(FlowMap::anonymous(config)),
             affinity: Arc::new(FlowMap::anonymous(config)),
             heartbeats: Arc::new(Heartbeats::anonymous().unwrap()),
             resolve: Box::new(move |port, addr| ask.lock().unwrap().push((port, addr))),
+            fragments: Limits {
+                frames: 256,
+                datagrams: 32,
+                ipv4_ns: 30 * SECOND_NS,
+                ipv6_ns: 60 * SECOND_NS,
+            },
+            exchange,
             poll: Poll::Busy,
         };
         let mut rig = Rig { publisher, running: Running::new(worker, 1), asked, now_ns: SECOND_NS, taps };
@@ -75,16 +90,22 @@ impl Rig {
     }
 
     fn publish_fib(&mut self, epoch: u32, mac_of_next_hop: Option<[u8; 6]>) {
+        self.publish_mtu(epoch, mac_of_next_hop, 1500);
+    }
+
+    /// `mtu`: of the way to 10.2.0.0/16.
+    fn publish_mtu(&mut self, epoch: u32, mac_of_next_hop: Option<[u8; 6]>, mtu: u16) {
         let gateway = Addr::from("10.2.0.9".parse::<IpAddr>().unwrap());
         let link = |port| PortLink { mac: mac(port), mtu: 1500, up: true, ..PortLink::default() };
         self.publisher.publish_fib(Arc::new(Fib {
             epoch,
             routes: Arc::new(Lpm::build([
                 (net("10.2.0.0/16"), Route::NextHop(0)),
+                (net("fd00:2::/64"), Route::NextHop(0)),
                 (net("192.0.2.1/32"), Route::Local),
                 (net("10.9.0.0/16"), Route::Blackhole),
             ])),
-            next_hops: vec![NextHop { port: 1, gateway, mac: mac_of_next_hop, mtu: 1500 }],
+            next_hops: vec![NextHop { port: 1, gateway, mac: mac_of_next_hop, mtu }],
             ports: vec![link(0), link(1)],
         }));
     }
@@ -123,12 +144,17 @@ impl Rig {
         let ended: u64 = ends.into_iter().map(|counter| self.count(counter)).sum();
         let answers = self.count(Counter::answered);
         let reasons: u64 = Reason::ALL.iter().map(|reason| self.reason(*reason)).sum();
-        let waiting = self.running.holding.len();
-        assert_eq!(self.count(Counter::rx_packets), ended + reasons - answers + waiting as u64);
-        assert_eq!(self.running.rings.pool.len() + waiting, FRAMES);
+        let waiting = self.running.holding.len() + self.running.gathering.len();
+        let came = self.count(Counter::rx_packets) + self.count(Counter::fragments_taken_over);
+        let handed_over = self.count(Counter::fragments_handed_over);
+        assert_eq!(came, ended + reasons - answers + waiting as u64 + handed_over);
+        let gathered = self.count(Counter::fragments_gathered) - self.count(Counter::fragments_released);
+        assert_eq!(gathered as usize, self.running.gathering.len());
+        let held = self.running.holding.frames() + self.running.gathering.frames();
+        assert_eq!(self.running.rings.pool.len() + held, FRAMES);
         self.running.account();
         let frames = self.running.link.frames();
-        assert_eq!((frames.total(), frames.held(), frames.missing()), (FRAMES as u64, waiting as u64, 0));
+        assert_eq!((frames.total(), frames.held(), frames.missing()), (FRAMES as u64, held as u64, 0));
     }
 }
 
