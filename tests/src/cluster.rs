@@ -25,6 +25,8 @@ pub const VIP: &str = "203.0.113.10";
 pub const VIP6: &str = "2001:db8::10";
 /// The Service's address behind which the client is masqueraded.
 pub const SNAT_VIP: &str = "203.0.113.20";
+/// The same, IPv6.
+pub const SNAT_VIP6: &str = "2001:db8::20";
 /// Ports of both Services: HTTP, an iperf3 server, and an echo of datagrams.
 pub const PORTS: [(&str, &str, u16); 4] =
     [("http", "TCP", 80), ("iperf", "TCP", 5201), ("iperf-udp", "UDP", 5201), ("echo", "UDP", 7)];

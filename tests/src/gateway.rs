@@ -346,10 +346,17 @@ impl Drop for Towpathd {
 /// A1: received packets are those forwarded, answered, punted, held and dropped.
 fn conserved(stats: &Stats) -> Result<()> {
     let reasons: u64 = stats.drops.iter().map(|count| count.value).sum();
+    let waiting = total(stats, "fragments_gathered") - total(stats, "fragments_released");
     // A packet that was answered has a reason too, so that answers are counted among the reasons.
     let ended = total(stats, "forwarded") + total(stats, "punted") + reasons;
+    // Fragments between two workers are on their way.
     let received = total(stats, "rx_packets");
-    ensure!(received == ended, "A1: {received} packets received, {ended} ended: {stats:#?}");
+    let (sent, taken) = (total(stats, "fragments_handed_over"), total(stats, "fragments_taken_over"));
+    ensure!(
+        received + taken == ended + waiting + sent && sent == taken,
+        "A1: {received} packets received, {ended} ended, {waiting} fragments wait, {sent} of them were handed to another \
+         worker and {taken} taken: {stats:#?}"
+    );
     Ok(())
 }
 
