@@ -66,21 +66,31 @@ pub fn cut(frame: &[u8], id: u32, size: usize) -> Vec<Vec<u8>> {
     data.chunks(size).enumerate().map(piece).collect()
 }
 
-/// Writes the length of what follows IP headers into them, and the checksum of IPv4.
+/// Writes the length of what follows IP headers into them, and the checksum of IPv4. `headers`: from the Ethernet header on.
 fn set_lengths(headers: &mut [u8], payload_len: usize) {
-    let headers_len = headers.len() - 14;
-    if headers[12..14] == [0x08, 0x00] {
-        headers[16..18].copy_from_slice(&((headers_len + payload_len) as u16).to_be_bytes());
-        headers[24..26].fill(0);
-        let words = headers[14..].chunks(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
-        let mut sum: u32 = words.sum();
+    let Some(l3) = network_header(headers) else { return };
+    let ip = &mut headers[l3..];
+    let len = ip.len() + payload_len;
+    if ip[0] >> 4 == 4 {
+        ip[2..4].copy_from_slice(&(len as u16).to_be_bytes());
+        ip[10..12].fill(0);
+        let mut sum: u32 = ip.chunks(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum();
         while sum > 0xffff {
             sum = (sum & 0xffff) + (sum >> 16);
         }
-        headers[24..26].copy_from_slice(&(!(sum as u16)).to_be_bytes());
+        ip[10..12].copy_from_slice(&(!(sum as u16)).to_be_bytes());
     } else {
-        headers[18..20].copy_from_slice(&((headers_len - 40 + payload_len) as u16).to_be_bytes());
+        ip[4..6].copy_from_slice(&((len - 40) as u16).to_be_bytes());
     }
+}
+
+/// Where the IP header begins, behind at most two tags.
+fn network_header(frame: &[u8]) -> Option<usize> {
+    let mut at = 12;
+    while at < 20 && matches!(frame.get(at..at + 2)?, [0x81, 0x00] | [0x88, 0xa8]) {
+        at += 4;
+    }
+    matches!(frame.get(at..at + 2)?, [0x08, 0x00] | [0x86, 0xdd]).then_some(at + 2)
 }
 
 /// True if the frame is a fragment.
@@ -89,34 +99,28 @@ pub fn is_fragment(frame: &[u8]) -> bool {
 }
 
 fn take_apart(frame: &[u8]) -> Option<Fragment> {
-    let packet = frame.get(14..)?;
-    match frame.get(12..14)? {
-        [0x08, 0x00] if packet.len() >= 20 => {
+    let l3 = network_header(frame)?;
+    let packet = &frame[l3..];
+    match packet.first()? >> 4 {
+        4 if packet.len() >= 20 => {
             let header_len = usize::from(packet[0] & 15) * 4;
             let total = usize::from(u16::from_be_bytes([packet[2], packet[3]]));
             let word = u16::from_be_bytes([packet[6], packet[7]]);
             let data = packet.get(header_len..total)?.to_vec();
-            let mut headers = frame[..14 + header_len].to_vec();
-            headers[14 + 6..14 + 8].fill(0);
+            let mut headers = frame[..l3 + header_len].to_vec();
+            headers[l3 + 6..l3 + 8].fill(0);
             let key = (packet[12..20].to_vec(), packet[4..6].to_vec(), packet[9]);
             let (offset, more) = (usize::from(word & 0x1fff) * 8, word & 0x2000 != 0);
             let congested = packet[1] & 3 == 3;
             (offset > 0 || more).then_some(Fragment { key, headers, offset, more, data, congested })
         }
-        [0x86, 0xdd] if packet.len() >= 40 => {
+        6 if packet.len() >= 40 => {
             let end = 40 + usize::from(u16::from_be_bytes([packet[4], packet[5]]));
-            let (mut next_at, mut at) = (6, 40);
-            while matches!(packet[next_at], 0 | 43 | 60) {
-                (next_at, at) = (at, at + 8 + usize::from(*packet.get(at + 1)?) * 8);
-                packet.get(at)?;
-            }
-            if packet[next_at] != 44 {
-                return None;
-            }
+            let (next_at, at) = fragment_header(packet)?;
             let header = packet.get(at..at + 8)?;
             let word = u16::from_be_bytes([header[2], header[3]]);
-            let mut headers = frame[..14 + at].to_vec();
-            headers[14 + next_at] = header[0];
+            let mut headers = frame[..l3 + at].to_vec();
+            headers[l3 + next_at] = header[0];
             let key = (packet[8..40].to_vec(), header[4..8].to_vec(), 0);
             let congested = packet[1] >> 4 & 3 == 3;
             let (offset, more) = (usize::from(word & 0xfff8), word & 1 != 0);
@@ -124,6 +128,27 @@ fn take_apart(frame: &[u8]) -> Option<Fragment> {
             Some(Fragment { key, headers, offset, more, data, congested })
         }
         _ => None,
+    }
+}
+
+/// Where an IPv6 packet says that a fragment header follows, and where that is: the one of a fragment, or else the last atomic one.
+fn fragment_header(packet: &[u8]) -> Option<(usize, usize)> {
+    let (mut next_at, mut at, mut atomic) = (6, 40, None);
+    loop {
+        let header = packet.get(at..at + 8);
+        match (packet[next_at], header) {
+            (44, Some(header)) if u16::from_be_bytes([header[2], header[3]]) & 0xfff9 != 0 => {
+                return Some((next_at, at));
+            }
+            (44, Some(_)) => {
+                atomic = Some((next_at, at));
+                (next_at, at) = (at, at + 8);
+            }
+            (0 | 43 | 60 | 135 | 139 | 140, Some(header)) => {
+                (next_at, at) = (at, at + 8 + usize::from(header[1]) * 8);
+            }
+            _ => return atomic,
+        }
     }
 }
 
@@ -142,7 +167,8 @@ fn put_together(pieces: &mut [Fragment]) -> Option<Vec<u8>> {
     }
     let mut frame = pieces[0].headers.clone();
     if pieces.iter().any(|piece| piece.congested) {
-        frame[15] |= if frame[12..14] == [0x08, 0x00] { 3 } else { 0x30 };
+        let l3 = network_header(&frame)?;
+        frame[l3 + 1] |= if frame[l3] >> 4 == 4 { 3 } else { 0x30 };
     }
     set_lengths(&mut frame, payload.len());
     frame.extend(payload);
