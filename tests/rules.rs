@@ -430,8 +430,9 @@ fn idle_times_are_those_of_the_rfcs() {
     let answer = |gateway: &mut Pure, from: u16, kind| {
         send(gateway, ("10.244.1.11", from), client, kind);
     };
-    // How a flow comes to its phase, and for how many seconds it may idle there.
-    let phases: [(&str, u32, &dyn Fn(&mut Pure)); 6] = [
+    /// Name of a phase, for how many seconds a flow may idle there, and how it comes there.
+    type Phase<'a> = (&'a str, u32, &'a dyn Fn(&mut Pure));
+    let phases: [Phase<'_>; 6] = [
         ("opening", 240, &|gateway| {
             send(gateway, client, (VIP, 80), Packet::Tcp(SYN));
         }),

@@ -223,7 +223,7 @@ fn from_terminating(test: &mut Test) -> Result<()> {
 
 pub fn pod_to_service(test: &mut Test, protocol: Protocol, family: Family) -> Result<()> {
     let net = Nettest::new(test)?;
-    from_everywhere(test, &net, &[net.client.clone()], protocol, family)
+    from_everywhere(test, &net, std::slice::from_ref(&net.client), protocol, family)
 }
 
 pub fn node_to_service(test: &mut Test, protocol: Protocol, family: Family) -> Result<()> {
