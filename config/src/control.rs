@@ -704,6 +704,9 @@ pub struct ServiceDescription {
     pub session_affinity: String,
     /// `spec.trafficDistribution`; empty if absent.
     pub traffic_distribution: String,
+    /// How new connections are spread: `maglev`, `random` or `least-connections`.
+    #[serde(default)]
+    pub lb_algorithm: String,
     /// Why the Service is not served at all, if it is not: headless, ExternalName, another proxy's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped: Option<String>,
@@ -768,6 +771,15 @@ pub struct EndpointDescription {
     pub endpoint: EndpointRow,
     /// Lists that it is in: `cluster`, `local` and so on. Empty if it gets no new connection.
     pub lists: Vec<String>,
+    /// Its share of the new connections of each of `lists`, in their order, in hundredths of a percent.
+    #[serde(default)]
+    pub shares_bp: Vec<u32>,
+    /// Its weight, from 0 for no new connections to 1000.
+    #[serde(default)]
+    pub weight: u16,
+    /// Its connections through this gateway now, whichever Service they came by; absent where nobody counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connections: Option<u32>,
     /// If it gets none, the rule why, in a sentence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unused: Option<String>,

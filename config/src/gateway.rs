@@ -93,6 +93,9 @@ pub struct GatewaySection {
     /// Any text, the same on every gateway, so that all of them choose alike for a flow that none of them knows.
     #[serde(default = "default_lb_key")]
     pub lb_key: String,
+    /// How new connections are spread over endpoints, where no annotation `towpath.dev/lb-algorithm` of the Service says otherwise.
+    #[serde(default)]
+    pub lb_algorithm: Algorithm,
 }
 
 fn default_lb_key() -> String {
@@ -108,6 +111,33 @@ pub enum ReturnPath {
     Snat,
     /// The cluster routes replies to clients through this gateway.
     Routed,
+}
+
+/// How new connections are spread over the endpoints of a Service.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Algorithm {
+    /// By consistent hash of addresses and ports (Maglev): every gateway chooses alike.
+    #[default]
+    Maglev,
+    /// At random.
+    Random,
+    /// The one of two random endpoints that has fewer connections through this gateway.
+    LeastConnections,
+}
+
+impl Algorithm {
+    /// All of them, with their words in the gateway file and in annotations.
+    pub const WORDS: [(&'static str, Algorithm); 3] = [
+        ("maglev", Algorithm::Maglev),
+        ("random", Algorithm::Random),
+        ("least-connections", Algorithm::LeastConnections),
+    ];
+
+    /// Its word in the gateway file and in annotations.
+    pub const fn name(self) -> &'static str {
+        Algorithm::WORDS[self as usize].0
+    }
 }
 
 /// What `externalTrafficPolicy: Local` means on a gateway.

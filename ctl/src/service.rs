@@ -87,6 +87,7 @@ pub fn describe(description: &ServiceDescription, paint: Paint) -> String {
     line("External IPs", &row.external_ips.join(","));
     line("Ports", &row.ports.join(","));
     line("Session Affinity", &description.session_affinity);
+    line("Algorithm", &description.lb_algorithm);
     line("Internal Traffic Policy", &description.internal_traffic_policy);
     line("External Traffic Policy", &description.external_traffic_policy);
     if !description.traffic_distribution.is_empty() {
@@ -172,20 +173,38 @@ pub fn action_cell(action: &ActionDescription) -> Cell {
 
 /// Endpoints and what each is used for.
 fn endpoints(description: &ServiceDescription, paint: Paint) -> String {
-    let mut table = Table::new(["ENDPOINT", "PORT", "STATE", "NODE", "ZONE", "TARGET", "USED"]);
+    let counted = description.endpoints.iter().any(|described| described.connections.is_some());
+    let mut header = vec!["ENDPOINT", "PORT", "STATE", "NODE", "ZONE", "TARGET", "WEIGHT", "SHARE"];
+    header.extend(counted.then_some("CONNECTIONS"));
+    header.push("USED");
+    let mut table = Table::new(header);
     for described in &description.endpoints {
         let row = &described.endpoint;
-        table.row([
+        let mut cells = vec![
             row.socket().into(),
             row.port_name.as_str().into(),
             row.state(),
             row.node.as_str().into(),
             row.zone.as_str().into(),
             row.target.as_str().into(),
-            used(described),
-        ]);
+            described.weight.to_string().into(),
+            shares(described).into(),
+        ];
+        if counted {
+            cells.push(described.connections.map(|count| count.to_string()).unwrap_or_default().into());
+        }
+        cells.push(used(described));
+        table.row(cells);
     }
     table.take(paint, 2)
+}
+
+/// `33.3 %`, or one for each list if they differ.
+fn shares(described: &EndpointDescription) -> String {
+    let mut shares: Vec<String> =
+        described.shares_bp.iter().map(|share| format!("{:.1} %", f64::from(*share) / 100.0)).collect();
+    shares.dedup();
+    shares.join(",")
 }
 
 fn used(described: &EndpointDescription) -> Cell {
@@ -267,6 +286,7 @@ mod tests {
             internal_traffic_policy: "Cluster".into(),
             external_traffic_policy: "Cluster".into(),
             session_affinity: "None".into(),
+            lb_algorithm: "maglev".into(),
             frontends: vec![FrontendDescription {
                 address: "203.0.113.10".into(),
                 port: 8080,
@@ -282,12 +302,17 @@ mod tests {
                 EndpointDescription {
                     endpoint: endpoint("10.244.1.7", true),
                     lists: vec!["cluster".into()],
+                    shares_bp: vec![7_500],
+                    weight: 3,
+                    connections: Some(17),
                     unused: None,
                 },
                 EndpointDescription {
                     endpoint: endpoint("10.244.2.9", false),
-                    lists: vec![],
+                    weight: 1,
+                    connections: Some(2),
                     unused: Some("not ready".into()),
+                    ..Default::default()
                 },
             ],
             warnings: vec![Fault::new(Code::Ignored, "has no effect").field("spec.x").value("1")],
@@ -302,6 +327,7 @@ mod tests {
         External IPs:             203.0.113.10,2001:db8:cafe::10
         Ports:                    8080:31704/TCP,443:32453/TCP
         Session Affinity:         None
+        Algorithm:                maglev
         Internal Traffic Policy:  Cluster
         External Traffic Policy:  Cluster
         Resource Version:         4711
@@ -314,9 +340,9 @@ mod tests {
           LoadBalancer addresses only for clients of 198.51.100.0/24
 
         Endpoints:
-          ENDPOINT        PORT   STATE       NODE     ZONE     TARGET   USED
-          10.244.1.7:80   http   ready       node-1   <none>   Pod/a    cluster
-          10.244.2.9:80   http   not ready   node-1   <none>   Pod/a    no: not ready
+          ENDPOINT        PORT   STATE       NODE     ZONE     TARGET   WEIGHT   SHARE    CONNECTIONS   USED
+          10.244.1.7:80   http   ready       node-1   <none>   Pod/a    3        75.0 %   17            cluster
+          10.244.2.9:80   http   not ready   node-1   <none>   Pod/a    1        <none>   2             no: not ready
 
         Warning: spec.x: has no effect
           value: 1

@@ -311,7 +311,9 @@ mod tests {
                 ..Default::default()
             },
             lists: lists.iter().map(|l| l.to_string()).collect(),
+            weight: 1,
             unused: unused.map(str::to_owned),
+            ..Default::default()
         };
         let cluster = ActionDescription {
             action: "dnat".into(),

@@ -259,6 +259,7 @@ fn a_service_is_described_with_rules_and_uses() {
     External IPs:             203.0.113.11
     Ports:                    443:30443/TCP
     Session Affinity:         None
+    Algorithm:                maglev
     Internal Traffic Policy:  Cluster
     External Traffic Policy:  Local
     Resource Version:         5120
@@ -281,8 +282,8 @@ fn a_service_is_described_with_rules_and_uses() {
       LoadBalancer addresses only for clients of 198.51.100.0/24
 
     Endpoints:
-      ENDPOINT           PORT    STATE   NODE     ZONE     TARGET          USED
-      10.244.2.21:8443   https   ready   node-2   <none>   Pod/billing-0   cluster,local (every node)
+      ENDPOINT           PORT    STATE   NODE     ZONE     TARGET          WEIGHT   SHARE     CONNECTIONS   USED
+      10.244.2.21:8443   https   ready   node-2   <none>   Pod/billing-0   1        100.0 %   0             cluster,local (every node)
     ");
     daemon
         .run(&["describe", "service", "nobody"])

@@ -126,6 +126,8 @@ pub enum Answer {
 pub struct Choice {
     /// Stable id of the service port.
     pub service: u64,
+    /// What connections of the endpoint are counted under.
+    pub tally: u32,
     /// Translate the source too.
     pub masquerade: bool,
     /// Seconds for which session affinity remembers the endpoint; 0: not at all.

@@ -10,8 +10,8 @@ use ipnet::IpNet;
 
 use crate::addr::Addr;
 use crate::table::lpm::Lpm;
-use crate::table::maglev::Maglev;
 use crate::table::paged::PagedMap;
+use crate::table::spread::{Load, Spread};
 use crate::verdict::Reason;
 
 /// What a frontend is looked up by: the destination of a packet. A `port` of 0 stands for every other port of an owned address.
@@ -20,6 +20,17 @@ pub struct FrontendKey {
     /// Destination address.
     pub addr: Addr,
     /// Destination port.
+    pub port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+}
+
+/// What an endpoint is known by: the source of its answers.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct EndpointKey {
+    /// Its address.
+    pub addr: Addr,
+    /// Its port.
     pub port: u16,
     /// IP protocol number.
     pub protocol: u8,
@@ -195,13 +206,13 @@ pub struct ServicePort {
     pub affinity_timeout_s: Option<u32>,
 }
 
-/// A list of endpoints and how a connection is spread over them.
+/// A list of endpoints and how new connections are spread over them.
 #[derive(Clone, Debug)]
 pub struct Backends {
-    /// In a stable order (by address, then port).
+    /// In a stable order (by address, then port). None has weight 0.
     pub endpoints: Vec<Endpoint>,
-    /// Slots hold indexes into `endpoints`.
-    pub maglev: Maglev,
+    /// Chooses indexes of `endpoints`.
+    pub spread: Spread,
 }
 
 /// One endpoint of a Service.
@@ -215,6 +226,18 @@ pub struct Endpoint {
     pub name: Arc<str>,
     /// `endpoints[].nodeName`, may be empty.
     pub node: Arc<str>,
+    /// Its share of new connections is its weight over the sum of all: annotation `towpath.dev/weight`, 1 if absent.
+    pub weight: u16,
+    /// Where the flow table counts its connections, whichever Service they came by; 0: nowhere.
+    pub tally: u32,
+}
+
+impl Endpoint {
+    /// What it bears. `connections`: the flow table's count of its tally.
+    #[inline]
+    pub fn load(&self, connections: u32) -> Load {
+        Load { connections, weight: self.weight }
+    }
 }
 
 /// The forwarding table: routes, next hops and addresses of the ports. Immutable once published.

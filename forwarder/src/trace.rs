@@ -60,6 +60,8 @@ pub enum Step {
         node: Arc<str>,
         /// By what.
         by: ChosenBy,
+        /// Session affinity remembers it from now on.
+        remembered: bool,
     },
     /// The source is translated as well.
     Masquerade {
@@ -103,8 +105,10 @@ pub enum ChosenBy {
     Maglev,
     /// Session affinity remembers the client.
     Affinity,
-    /// Session affinity does not know the client: a random endpoint.
+    /// A random endpoint, by weight.
     Random,
+    /// Of two random endpoints the one with fewer connections for its weight.
+    LeastConnections,
 }
 
 /// Listens to the steps of a burst.
@@ -173,14 +177,19 @@ impl fmt::Display for Step {
             }
             Step::SourceRange(range) => write!(f, "source is in loadBalancerSourceRanges: {range}"),
             Step::List { list, endpoints } => write!(f, "{}: {endpoints} endpoint(s)", list_name(*list)),
-            Step::Chosen { addr, port, name, node, by } => {
+            Step::Chosen { addr, port, name, node, by, remembered } => {
                 let by = match by {
                     ChosenBy::Maglev => "by consistent hash",
                     ChosenBy::Affinity => "by session affinity",
-                    ChosenBy::Random => "at random, remembered by session affinity",
+                    ChosenBy::Random => "at random",
+                    ChosenBy::LeastConnections => "as the one of two with fewer connections",
+                };
+                let memory = match (remembered, by) {
+                    (true, by) if by != "by session affinity" => ", remembered by session affinity",
+                    _ => "",
                 };
                 let node = if node.is_empty() { String::new() } else { format!(" on {node}") };
-                write!(f, "endpoint {} ({name}{node}), {by}", std::net::SocketAddr::new(*addr, *port))
+                write!(f, "endpoint {} ({name}{node}), {by}{memory}", std::net::SocketAddr::new(*addr, *port))
             }
             Step::Masquerade { addr, port, because } => {
                 write!(f, "source becomes {}: {because}", std::net::SocketAddr::new(*addr, *port))

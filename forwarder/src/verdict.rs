@@ -41,6 +41,7 @@ reasons! {
     SpoofedSource = "spoofed_source", "A pod or service source from the outside, or the reverse.";
     // Service rules, kubernetes pkg/proxy.
     NoEndpoints = "no_endpoints", "The Service has no endpoints at all: rejected.";
+    ZeroWeight = "zero_weight", "Every endpoint in the list has weight 0: rejected.";
     NoLocalEndpoints = "no_local_endpoints", "The traffic policy is Local and its list is empty: dropped.";
     UnknownPort = "unknown_port", "The address belongs to a Service, but not this port: rejected.";
     UnknownService = "unknown_service", "An address inside a service range without a Service.";

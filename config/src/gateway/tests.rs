@@ -36,9 +36,21 @@ fn defaults_are_those_of_the_documentation() {
     assert_eq!((gateway.flows.tcp_established_s, gateway.flows.udp_one_way_s), (7440, 30));
     assert_eq!(gateway.gateway.external_traffic_policy, LocalPolicy::Frontend);
     assert_eq!(gateway.health.listen.to_string(), "0.0.0.0:10256");
+    assert_eq!(gateway.gateway.lb_algorithm, Algorithm::Maglev);
     assert_eq!(gateway.frames_per_worker(), 32768);
     assert_eq!(gateway.outside_ports().collect::<Vec<_>>(), [0]);
     assert_eq!(gateway.inside_ports().collect::<Vec<_>>(), [1]);
+}
+
+#[test]
+fn algorithms_have_one_word_in_the_file_and_in_annotations() {
+    for (word, algorithm) in Algorithm::WORDS {
+        let text = GOOD.replacen("return", &format!("lb_algorithm = \"{word}\"\nreturn"), 1);
+        assert_eq!(Gateway::parse(&text, "gateway.toml").unwrap().gateway.lb_algorithm, algorithm);
+        assert_eq!(algorithm.name(), word);
+    }
+    let unknown = "lb_algorithm = \"round-robin\"\nreturn";
+    refuses("return", unknown, 5, "gateway.lb_algorithm", "least-connections");
 }
 
 #[test]

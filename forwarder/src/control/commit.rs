@@ -162,6 +162,7 @@ impl Committer {
         compilation.steering_changed = true;
         compilation.routes_changed = true;
         committer.grow(&world, &compilation)?;
+        world.compiler.count_flows(&shared.flows);
         let update = Update::of_everything(committer.generation + 1, monotonic_ns());
         committer.publish(&world, compilation, update);
         drop(world);

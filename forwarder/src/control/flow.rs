@@ -308,6 +308,7 @@ mod tests {
             endpoint_port: reply.src_port,
             generation: 4,
             flags: 0,
+            tally: 0,
         }
     }
 

@@ -155,7 +155,7 @@ impl Backend for Desk {
         match question {
             Request::Get(get) => self.get(get),
             Request::DescribeService { namespace, name } => {
-                look(&self.shared, move |world, _| describe(world, namespace, name).into())
+                look(&self.shared, move |world, shared| describe(world, shared, namespace, name).into())
             }
             Request::Status => look(&self.shared, |world, shared| status(world, shared).into()),
             Request::Stats => Reply::Stats(self.stats()).into(),
@@ -276,9 +276,12 @@ fn names_it(name: &str, entry: &Entry) -> bool {
     entry.reference.name == name || service == Some(name)
 }
 
-fn describe(world: &World, namespace: String, name: String) -> Reply {
+fn describe(world: &World, shared: &Shared, namespace: String, name: String) -> Reply {
     match world.compiler.describe_service(&world.state, &namespace, &name) {
-        Some(description) => Reply::Service(Box::new(description)),
+        Some(mut description) => {
+            world.compiler.count_connections(&mut description, &shared.flows);
+            Reply::Service(Box::new(description))
+        }
         None => {
             let reference = ObjectRef { kind: Kind::Service, namespace, name };
             let fault = Fault::new(Code::NotFound, "not found").object(reference);

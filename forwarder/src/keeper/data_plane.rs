@@ -33,7 +33,7 @@ use crate::port::Port;
 use crate::port::xsk::queue::{XskPort, take_over};
 use crate::port::xsk::steer::Heartbeats;
 use crate::stage::flow::{self, Phase};
-use crate::table::flow_map::{FlowMap, FlowMapConfig};
+use crate::table::flow_map::{FlowMap, FlowMapConfig, TALLIES_MAX};
 use crate::worker::Worker;
 use crate::worker::exchange::Exchange;
 use crate::worker::hold::Resolve;
@@ -215,6 +215,7 @@ fn open_flows(manifest: &Manifest) -> Result<FlowMap> {
         timeouts_s: flow::timeouts_s(&gateway.flows),
         embryonic_phases: Phase::EMBRYONIC,
         workers: gateway.workers.cpus.len(),
+        tallies: TALLIES_MAX,
         ..FlowMapConfig::default()
     };
     open_region(File::from(manifest.flows.take()?), config, "flows")

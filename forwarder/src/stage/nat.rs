@@ -70,6 +70,7 @@ fn connect(
         endpoint_port: endpoint.1,
         generation: cx.tables.generation as u32,
         flags: 0,
+        tally: choice.tally,
     };
     match cx.flows.insert(cx.flow_worker, &new, cx.now_s) {
         // The other one may have come first, by another queue or earlier in this burst.
@@ -143,6 +144,7 @@ fn remember(client: Addr, choice: Choice, endpoint: (Addr, u16), cx: &mut Contex
         endpoint_port: endpoint.1,
         generation: cx.tables.generation as u32,
         flags: 0,
+        tally: 0,
     };
     // A full affinity table loses only the memory of this client; the connection stands.
     let _ = cx.affinity.insert(cx.affinity_worker, &new, cx.now_s);

@@ -2,12 +2,14 @@
 //!
 //! The rules were decided when the tables were compiled (`control/compile`); here a packet only selects one of them.
 
+use config::gateway::Algorithm;
+
 use crate::addr::{Addr, Tuple, protocol};
 use crate::packet::{Answer, Choice, Layer4, Packet, Rewrite};
 use crate::pipeline::Context;
 use crate::stage::flow::source_side_matches;
 use crate::table::flow_map::{FlowMap, FlowRef};
-use crate::tables::{Action, Backends, Endpoint, Frontend, FrontendKey, FrontendKind, Identity, Origin, Vip};
+use crate::tables::{Action, Backends, Frontend, FrontendKey, FrontendKind, Identity, Origin, Vip};
 use crate::trace::{ChosenBy, Step, Trace};
 use crate::verdict::Reason;
 use crate::wire::tcp;
@@ -98,19 +100,22 @@ fn serve(
         Action::Reject(reason) => reject(packet, *reason),
         Action::Dnat { backends, masquerade, list } => {
             trace.step(index, || Step::List { list: *list, endpoints: backends.endpoints.len() });
-            let (endpoint, by) = choose(packet, frontend, backends, cx);
+            let (chosen, by) = choose(packet, frontend, backends, cx);
+            let endpoint = &backends.endpoints[chosen];
             trace.step(index, || Step::Chosen {
                 addr: endpoint.addr.into(),
                 port: endpoint.port,
                 name: endpoint.name.clone(),
                 node: endpoint.node.clone(),
                 by,
+                remembered: frontend.service.affinity_timeout_s.is_some(),
             });
             packet.out = Tuple { dst: endpoint.addr, dst_port: endpoint.port, ..packet.tuple };
             packet.rewrite = Rewrite::Translate;
             packet.error_source = Some(packet.tuple.dst);
             packet.choice = Some(Choice {
                 service: frontend.service.stable_id,
+                tally: endpoint.tally,
                 masquerade: *masquerade,
                 affinity_timeout_s: frontend.service.affinity_timeout_s.unwrap_or(0),
             });
@@ -118,26 +123,38 @@ fn serve(
     }
 }
 
-/// The endpoint for a new connection. Session affinity goes by client address and service port, whatever the VIP and the source
-/// port (kubernetes pkg/proxy/iptables/proxier.go); a remembered endpoint counts only while it is in the list in use.
-fn choose<'t>(
+/// Index of the endpoint for a new connection. Session affinity goes by client address and service port, whatever the VIP and the
+/// source port (kubernetes pkg/proxy/iptables/proxier.go); a remembered endpoint counts only while it is in the list in use.
+fn choose(
     packet: &Packet,
     frontend: &Frontend,
-    backends: &'t Backends,
+    backends: &Backends,
     cx: &mut Context<'_>,
-) -> (&'t Endpoint, ChosenBy) {
-    if frontend.service.affinity_timeout_s.is_none() {
-        let hash = packet.tuple.stable_hash(cx.tables.settings.lb_key);
-        return (&backends.endpoints[backends.maglev.pick(hash)], ChosenBy::Maglev);
-    }
-    if let Some((addr, port)) =
-        remembered(cx.affinity, packet.tuple.src, frontend.service.stable_id, cx.now_s)
-        && let Some(endpoint) = backends.endpoints.iter().find(|e| e.addr == addr && e.port == port)
+) -> (usize, ChosenBy) {
+    let has_affinity = frontend.service.affinity_timeout_s.is_some();
+    if has_affinity
+        && let Some((addr, port)) =
+            remembered(cx.affinity, packet.tuple.src, frontend.service.stable_id, cx.now_s)
+        && let Some(index) = backends.endpoints.iter().position(|e| e.addr == addr && e.port == port)
     {
-        return (endpoint, ChosenBy::Affinity);
+        return (index, ChosenBy::Affinity);
     }
-    let pick = cx.rng.next() % backends.endpoints.len() as u64;
-    (&backends.endpoints[pick as usize], ChosenBy::Random)
+    let spread = &backends.spread;
+    let mut random = || cx.rng.next();
+    match spread.algorithm() {
+        Algorithm::LeastConnections => {
+            let load = |index: usize| {
+                let endpoint = &backends.endpoints[index];
+                endpoint.load(cx.flows.tally(endpoint.tally))
+            };
+            (spread.by_load(random, load), ChosenBy::LeastConnections)
+        }
+        // A client that is forgotten gets another endpoint, as the API promises: its hash would give it the same one.
+        Algorithm::Maglev if !has_affinity => {
+            (spread.by_hash(packet.tuple.stable_hash(cx.tables.settings.lb_key)), ChosenBy::Maglev)
+        }
+        Algorithm::Maglev | Algorithm::Random => (spread.at_random(&mut random), ChosenBy::Random),
+    }
 }
 
 /// What session affinity is kept under: the client and the service port, as a tuple of no real protocol.

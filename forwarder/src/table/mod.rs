@@ -4,3 +4,4 @@ pub mod flow_map;
 pub mod lpm;
 pub mod maglev;
 pub mod paged;
+pub mod spread;

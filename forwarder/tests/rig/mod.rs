@@ -1,19 +1,22 @@
-//! A gateway with two ports, a Service with two pods in each family, and packets for it.
+//! A gateway with two ports, a Service with two pods in each family or Services of manifests, and packets for it.
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use af_xdp::{FramePool, Umem};
-use config::gateway::MssClamp;
+use config::gateway::{Algorithm, MssClamp};
+use config::object;
 use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader};
 use forwarder::addr::{Addr, protocol};
+use forwarder::control::compile::Compiler;
+use forwarder::control::state::{Operation, State};
 use forwarder::packet::Packet;
 use forwarder::pipeline::{self, AnswerBudget, Context, Rng};
 use forwarder::stage::flow::Phase;
 use forwarder::stats::Counters;
 use forwarder::table::flow_map::{FlowMap, FlowMapConfig, FlowWorker};
 use forwarder::table::lpm::Lpm;
-use forwarder::table::maglev::Maglev;
+use forwarder::table::spread::Spread;
 use forwarder::tables::*;
 use forwarder::verdict::{Reason, Verdict};
 
@@ -47,7 +50,14 @@ pub struct Gateway {
     counters: Counters,
     pool: FramePool,
     pub now_s: u32,
+    /// What tables are made of, if they are made of manifests.
+    state: State,
+    compiler: Option<Compiler>,
 }
+
+/// Before the ports in the gateway file of [`Gateway::of_objects`].
+pub const HEAD: &str = "[gateway]\nname = 'gw'\ncluster_cidrs = ['10.244.0.0/16', 'fd00:244::/48']\n\
+    service_cidrs = ['10.96.0.0/16', 'fd00:96::/112']\nreturn = 'routed'\n";
 
 impl Gateway {
     pub fn new() -> Gateway {
@@ -56,14 +66,58 @@ impl Gateway {
 
     /// A gateway for at most `flows` connections.
     pub fn with_capacity(flows: u32) -> Gateway {
+        Gateway::with_share(flows, 100)
+    }
+
+    /// A gateway with the file `head`, for at most `flows` connections, a quarter of them embryonic, that serves `objects`: manifests
+    /// without `apiVersion`. Clients are all of the Internet, pods are in 10.244.0.0/16 and fd00:244::/48.
+    pub fn of_objects(head: &str, flows: u32, objects: &str) -> Gateway {
+        let file = format!(
+            "{head}\n[[port]]\nname='up'\ninterface='g0'\nrole='outside'\n[[port]]\nname='in'\ninterface='g1'\nrole='inside'\n"
+        );
+        let file = config::gateway::Gateway::parse(&file, "gateway.toml").unwrap();
+        let mut compiler = Compiler::new(Arc::new(file));
+        compiler
+            .set_own_addresses(["198.51.100.1", "10.0.0.1", "2001:db8:1::1", "fd00:1::1"].map(addr).to_vec());
+        compiler.compile_all(&State::default(), 1);
+        let mut gateway = Gateway { compiler: Some(compiler), ..Gateway::with_share(flows, 25) };
+        gateway.apply(objects);
+        gateway
+    }
+
+    /// Applies manifests.
+    pub fn apply(&mut self, objects: &str) {
+        let text: Vec<String> = objects
+            .split("---\n")
+            .map(|document| {
+                let is_slice = document.contains("kind: EndpointSlice");
+                format!("apiVersion: {}\n{document}", if is_slice { "discovery.k8s.io/v1" } else { "v1" })
+            })
+            .collect();
+        let found = object::parse(&text.join("---\n"), "objects.yaml");
+        assert!(found.faults.is_empty(), "{:?}", found.faults);
+        let operations = found
+            .manifests
+            .into_iter()
+            .map(|manifest| Operation::Apply { object: manifest.object, source: manifest.source })
+            .collect();
+        let compiler = self.compiler.as_mut().unwrap();
+        let staged = self.state.stage(&compiler.rules(), operations, false);
+        let accepted = staged.unwrap_or_else(|refusal| panic!("{refusal:?}")).commit();
+        let compilation = compiler.compile(&self.state, &accepted.touched, self.tables.generation + 1);
+        self.tables = (*compilation.tables).clone();
+    }
+
+    fn with_share(flows: u32, embryonic_share: u32) -> Gateway {
         let mut timeouts_s = [60; 16];
         timeouts_s[..8].copy_from_slice(&[240, 7440, 240, 30, 300, 60, 300, 10_800]);
         let config = FlowMapConfig {
             capacity: flows,
-            embryonic_share: 100,
+            embryonic_share,
             timeouts_s,
             embryonic_phases: Phase::EMBRYONIC,
             workers: 1,
+            tallies: 64,
         };
         let flows = FlowMap::anonymous(config);
         let affinity = FlowMap::anonymous(config);
@@ -80,6 +134,8 @@ impl Gateway {
             counters: Counters::default(),
             pool: Umem::anonymous(128, 4096).take_frames().unwrap(),
             now_s: 1000,
+            state: State::default(),
+            compiler: None,
         };
         gateway.tables.identities = Arc::new(Lpm::build(
             [
@@ -123,10 +179,13 @@ impl Gateway {
                             port: target,
                             name: "default/web".into(),
                             node: "node-1".into(),
+                            weight: 1,
+                            tally: 0,
                         })
                         .collect();
                 let hashes: Vec<(u64, u32)> = endpoints.iter().map(|e| (e.addr.0 as u64, 1)).collect();
-                let backends = Arc::new(Backends { maglev: Maglev::build(7, &hashes), endpoints });
+                let spread = Spread::build(Algorithm::Maglev, 7, &hashes);
+                let backends = Arc::new(Backends { spread, endpoints });
                 let action =
                     |masquerade| Action::Dnat { backends: backends.clone(), masquerade, list: List::Cluster };
                 let service = ServicePort {
@@ -185,6 +244,24 @@ impl Gateway {
 
     pub fn flows(&self) -> usize {
         self.flows.len()
+    }
+
+    /// Lets `seconds` go by without a packet: what is over its time goes.
+    pub fn rest(&mut self, seconds: u32) {
+        self.now_s += seconds;
+        for _ in 0..2 {
+            self.flows.age(&mut self.flow_worker, self.now_s, self.flows.capacity());
+            self.flows.quiescent(&mut self.flow_worker);
+        }
+    }
+
+    /// Connections that the flow table counts for the endpoints of a frontend, in their order.
+    pub fn connections(&self, vip: Addr, port: u16) -> Vec<u32> {
+        let key = FrontendKey { addr: vip, port, protocol: protocol::TCP };
+        let Action::Dnat { backends, .. } = &self.tables.frontends.get(&key).unwrap().from_outside else {
+            panic!("no endpoints")
+        };
+        backends.endpoints.iter().map(|endpoint| self.flows.tally(endpoint.tally)).collect()
     }
 
     /// Judges and rewrites one packet; returns the frame as it leaves, or as it came.

@@ -525,6 +525,7 @@ fn udp_flows_to_an_endpoint_that_is_gone_are_forgotten_and_others_stay() {
             endpoint_port: reply.src_port,
             generation: 1,
             flags: 0,
+            tally: 0,
         };
         rig.flows.insert(&mut worker, &flow, 1).unwrap();
     }

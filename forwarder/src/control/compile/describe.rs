@@ -1,5 +1,7 @@
 //! Everything about one Service: what is served and by which rule, which endpoints are used, and why the others are not.
 
+use std::net::IpAddr;
+
 use config::control::{
     ActionDescription, EndpointDescription, EndpointRow, FrontendDescription, ServiceDescription,
 };
@@ -11,10 +13,11 @@ use super::endpoints::EndpointInfo;
 use super::frontends::{Outcome, Policy, Ruling, rule};
 use super::rows::endpoint_rows;
 use super::service::{Claimed, FamilyPort};
-use super::topology::{Place, TopologyMode, is_near};
-use crate::control::facts::{Distribution, ServiceFacts, protocol_name};
+use super::topology::{Chosen, Place, TopologyMode, is_near};
+use crate::control::facts::{Distribution, ServiceFacts, protocol_name, protocol_number};
 use crate::control::state::State;
-use crate::tables::{FrontendKind, List, Origin};
+use crate::table::flow_map::FlowMap;
+use crate::tables::{EndpointKey, FrontendKind, List, Origin};
 use crate::verdict::Reason;
 
 /// The word for a list in output.
@@ -57,6 +60,7 @@ impl Compiler {
                 None => "None".to_owned(),
             },
             traffic_distribution: distribution.to_owned(),
+            lb_algorithm: self.algorithm(facts).name().to_owned(),
             skipped: facts.skip.map(|skip| skip.reason().to_owned()),
             ..ServiceDescription::default()
         };
@@ -143,7 +147,9 @@ impl Compiler {
         let describe = |lists: Vec<String>, unused: Option<String>| EndpointDescription {
             endpoint: row.clone(),
             lists,
+            weight: 1,
             unused,
+            ..EndpointDescription::default()
         };
         if let Some(skip) = facts.skip {
             return describe(vec![], Some(skip.reason().to_owned()));
@@ -168,10 +174,13 @@ impl Compiler {
         let Some(index) = family.endpoints.iter().position(is_it) else {
             return describe(vec![], Some("the port of the slice is absent".to_owned()));
         };
-        let mut lists = Vec::new();
-        let mut note = |chosen: &super::topology::Chosen, place: &str| {
+        let weight = |index: usize| family.endpoints[index].endpoint.weight;
+        let (mut lists, mut shares_bp) = (Vec::new(), Vec::new());
+        let mut note = |chosen: &Chosen, place: &str| {
             if chosen.indexes.contains(&index) {
                 lists.push(format!("{}{place}", list_name(chosen.list)));
+                let all: u32 = chosen.indexes.iter().map(|index| u32::from(weight(*index))).sum();
+                shares_bp.push((u64::from(weight(index)) * 10_000 / u64::from(all)) as u32);
             }
         };
         if facts.uses_cluster_endpoints() {
@@ -186,7 +195,18 @@ impl Compiler {
             note(&family.lists.every_node, " (every node)");
         }
         let unused = lists.is_empty().then(|| self.why_unused(family, index, facts));
-        describe(lists, unused)
+        EndpointDescription { shares_bp, weight: weight(index), ..describe(lists, unused) }
+    }
+
+    /// Adds to a description how many connections each endpoint has now.
+    pub fn count_connections(&self, description: &mut ServiceDescription, flows: &FlowMap) {
+        for described in &mut description.endpoints {
+            let row = &described.endpoint;
+            let protocol = protocol_number(&row.protocol);
+            let Ok(addr) = row.address.parse::<IpAddr>() else { continue };
+            let tally = self.tallies.get(&EndpointKey { addr: addr.into(), port: row.port, protocol });
+            described.connections = Some(flows.tally(tally));
+        }
     }
 
     /// Why an endpoint is in no list that the Service uses.
@@ -195,7 +215,13 @@ impl Compiler {
         let node = self.gateway.gateway.name.as_str();
         let place = Place { node, zone: &self.surroundings.zone };
         let topology = family.lists.topology;
-        if info.terminating && !info.serving && !info.ready {
+        let lists = &family.lists;
+        let is_drained = [&lists.cluster, &lists.local, &lists.every_node]
+            .iter()
+            .any(|list| list.drained.contains(&index));
+        if is_drained {
+            "weight 0: it keeps its connections and gets no new ones".to_owned()
+        } else if info.terminating && !info.serving && !info.ready {
             "terminating and no longer serving: never used".to_owned()
         } else if info.terminating && !info.ready {
             "terminating: used only while no endpoint is ready".to_owned()

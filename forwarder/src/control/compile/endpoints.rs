@@ -39,12 +39,13 @@ pub struct PortKey<'a> {
 ///
 /// `slices`: all slices of the Service, by name; an endpoint that moves from one to another is in at least one of them
 /// within a change, so it never blinks out. One that is in several is taken once, as local if any of them says so.
-/// `node`: name of the gateway's own Node.
+/// `node`: name of the gateway's own Node. `pod_weight`: weight of a Pod by `namespace/name`, if it has one of its own.
 pub fn merge<'s>(
     slices: impl Iterator<Item = &'s SliceFacts>,
     port: PortKey<'_>,
     is_v4: bool,
     node: &str,
+    pod_weight: impl Fn(&str) -> Option<u16>,
 ) -> Vec<EndpointInfo> {
     let mut merged: BTreeMap<(Addr, u16), EndpointInfo> = BTreeMap::new();
     for slice in slices {
@@ -54,7 +55,8 @@ pub fn merge<'s>(
                 let is_local = !node.is_empty() && *facts.node == *node;
                 let key = (facts.addr, number);
                 if is_local || !merged.contains_key(&key) {
-                    merged.insert(key, info(facts, number, is_local));
+                    let weight = facts.pod().and_then(&pod_weight).or(slice.weight).unwrap_or(1);
+                    merged.insert(key, info(facts, number, weight, is_local));
                 }
             }
         }
@@ -62,13 +64,15 @@ pub fn merge<'s>(
     merged.into_values().collect()
 }
 
-fn info(facts: &EndpointFacts, port: u16, is_local: bool) -> EndpointInfo {
+fn info(facts: &EndpointFacts, port: u16, weight: u16, is_local: bool) -> EndpointInfo {
     EndpointInfo {
         endpoint: Endpoint {
             addr: facts.addr,
             port,
             name: Arc::clone(&facts.name),
             node: Arc::clone(&facts.node),
+            weight,
+            tally: 0,
         },
         ready: facts.ready,
         serving: facts.serving,
@@ -94,7 +98,7 @@ mod tests {
     }
 
     fn shown(slices: &[SliceFacts], name: &str, protocol: u8, is_v4: bool) -> Vec<String> {
-        let merged = merge(slices.iter(), PortKey { name, protocol }, is_v4, "gw");
+        let merged = merge(slices.iter(), PortKey { name, protocol }, is_v4, "gw", |_| None);
         merged
             .iter()
             .map(|info| {
@@ -145,11 +149,27 @@ mod tests {
 
     /// Rule 2.1.
     #[test]
+    fn the_weight_of_a_pod_wins_over_that_of_its_slice() {
+        let mut facts = facts(
+            "ports: [{port: 80}]\nendpoints: [{addresses: [10.0.0.1], targetRef: {kind: Pod, name: a}}, \
+             {addresses: [10.0.0.2], targetRef: {kind: Pod, name: b}}, {addresses: [10.0.0.3], targetRef: {kind: VM, name: a}}]",
+        );
+        let pods = |name: &str| (name == "default/a").then_some(0);
+        let weights = |facts: &SliceFacts| -> Vec<u16> {
+            let merged = merge(std::iter::once(facts), PortKey { name: "", protocol: TCP }, true, "", pods);
+            merged.iter().map(|info| info.endpoint.weight).collect()
+        };
+        assert_eq!(weights(&facts), [0, 1, 1]);
+        facts.weight = Some(7);
+        assert_eq!(weights(&facts), [0, 7, 7]);
+    }
+
+    #[test]
     fn absent_conditions_mean_ready_serving_and_not_terminating() {
         let facts = facts(
             "ports: [{port: 80}]\nendpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2], conditions: {ready: false, terminating: true}}]",
         );
-        let merged = merge(std::iter::once(&facts), PortKey { name: "", protocol: TCP }, true, "");
+        let merged = merge(std::iter::once(&facts), PortKey { name: "", protocol: TCP }, true, "", |_| None);
         let conditions: Vec<_> =
             merged.iter().map(|info| (info.ready, info.serving, info.terminating)).collect();
         assert_eq!(conditions, [(true, true, false), (false, true, true)]);

@@ -163,6 +163,10 @@ fn external_local(lists: &Categories, policy: Policy) -> Ruling<'_> {
 }
 
 fn dnat<'c>(chosen: &'c Chosen, masquerade: bool, rule: &'static str) -> Ruling<'c> {
+    if chosen.indexes.is_empty() && !chosen.drained.is_empty() {
+        let rule = "every endpoint in the list has weight 0 (towpath.dev/weight)";
+        return Ruling { outcome: Outcome::Reject(Reason::ZeroWeight), rule };
+    }
     if chosen.indexes.is_empty() {
         return Ruling { outcome: Outcome::Drop(Reason::NoLocalEndpoints), rule };
     }
@@ -184,7 +188,7 @@ mod tests {
     const ORIGINS: [Origin; 3] = [Origin::Outside, Origin::Pod, Origin::Node];
 
     fn lists(cluster: &[usize], local: &[usize], every_node: &[usize]) -> Categories {
-        let chosen = |list, indexes: &[usize]| Chosen { list, indexes: indexes.to_vec() };
+        let chosen = |list, indexes: &[usize]| Chosen { list, indexes: indexes.to_vec(), drained: vec![] };
         Categories {
             cluster: chosen(List::Cluster, cluster),
             local: chosen(List::Local, local),
@@ -288,6 +292,21 @@ mod tests {
     }
 
     /// Rule 5.7.
+    #[test]
+    fn a_list_of_weight_0_is_rejected_whoever_asks() {
+        let mut drained = lists(&[], &[], &[]);
+        drained.has_any = true;
+        for chosen in [&mut drained.cluster, &mut drained.local, &mut drained.every_node] {
+            chosen.drained = vec![0];
+        }
+        for kind in KINDS {
+            for origin in ORIGINS {
+                let got = rule(kind, origin, &service(false, true), &drained, policy(ROUTED.0, ROUTED.1));
+                assert_eq!(got.outcome, Outcome::Reject(Reason::ZeroWeight), "{kind:?} {origin:?}");
+            }
+        }
+    }
+
     #[test]
     fn masquerade_all_is_for_cluster_ips() {
         let all = lists(&[0], &[], &[0]);

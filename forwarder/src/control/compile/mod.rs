@@ -20,11 +20,12 @@ pub mod identities;
 pub mod rows;
 pub mod service;
 pub mod steer;
+mod tallies;
 
 #[cfg(test)]
 pub(crate) mod fixture;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -35,10 +36,12 @@ use super::facts::{Facts, SliceFacts};
 use super::state::{Entry, State, Touch};
 use super::validate::Rules;
 use crate::addr::Addr;
-use crate::tables::{PortSettings, Settings, Tables, Vip};
+use crate::table::flow_map::FlowMap;
+use crate::tables::{EndpointKey, PortSettings, Settings, Tables, Vip};
 use cleanup::UdpCleanup;
 use health::HealthTables;
 use service::Compiled;
+use tallies::Tallies;
 
 /// Makes tables. Control thread; keeps what it compiled, so that a change costs what it touches.
 pub struct Compiler {
@@ -49,6 +52,9 @@ pub struct Compiler {
     key: u64,
     surroundings: Surroundings,
     services: BTreeMap<Arc<ObjectRef>, Compiled>,
+    /// Weights of Pods that have one of their own, by `namespace/name`.
+    pod_weights: HashMap<String, u16>,
+    tallies: Tallies,
     next_id: u32,
     tables: Tables,
     health: Arc<HealthTables>,
@@ -90,6 +96,8 @@ impl Compiler {
             key,
             surroundings: Surroundings::default(),
             services: BTreeMap::new(),
+            pod_weights: HashMap::new(),
+            tallies: Tallies::default(),
             next_id: 1,
             tables,
             health: Arc::default(),
@@ -142,7 +150,9 @@ impl Compiler {
             self.tables.identities =
                 Arc::new(identities::identities(state, &self.gateway, &self.surroundings.own));
         }
-        let affected = if all { self.every_service(state) } else { affected(touched) };
+        let weighed = self.follow_pod_weights(touched);
+        let mut affected = if all { self.every_service(state) } else { affected(touched) };
+        affected.extend(services_of_pods(state, &weighed));
         let (udp_cleanup, keys_changed) = self.recompile(state, &affected);
         self.tables.generation = generation;
         Compilation {
@@ -227,6 +237,36 @@ impl Compiler {
         }
     }
 
+    /// Takes the weights of touched Pods over; returns those that changed, by `namespace/name`.
+    fn follow_pod_weights(&mut self, touched: &[Touch]) -> BTreeSet<String> {
+        let weight = |entry: &Option<Arc<Entry>>| match entry.as_ref().map(|entry| &entry.facts) {
+            Some(Facts::Pod(pod)) => pod.weight,
+            _ => None,
+        };
+        let mut changed = BTreeSet::new();
+        for touch in touched.iter().filter(|touch| touch.reference.kind == Kind::Pod) {
+            if weight(&touch.old) == weight(&touch.new) {
+                continue;
+            }
+            let name = format!("{}/{}", touch.reference.namespace, touch.reference.name);
+            match weight(&touch.new) {
+                Some(weight) => self.pod_weights.insert(name.clone(), weight),
+                None => self.pod_weights.remove(&name),
+            };
+            changed.insert(name);
+        }
+        changed
+    }
+
+    /// Has every flow count for its endpoint, as far as the endpoint is known. After a restart, while no worker runs.
+    pub fn count_flows(&self, flows: &FlowMap) {
+        for flow in (0..flows.capacity() as u32).filter_map(|index| flows.snapshot(index)) {
+            let (addr, port) = (flow.endpoint_addr, flow.endpoint_port);
+            let key = EndpointKey { addr, port, protocol: flow.original.protocol };
+            flows.assign_tally(flow.id, self.tallies.get(&key));
+        }
+    }
+
     fn every_service(&self, state: &State) -> BTreeSet<Arc<ObjectRef>> {
         let now = state.of_kind(Kind::Service).map(|entry| entry.reference.clone());
         now.chain(self.services.keys().cloned()).collect()
@@ -279,6 +319,22 @@ fn affected(touched: &[Touch]) -> BTreeSet<Arc<ObjectRef>> {
         }
     }
     affected
+}
+
+/// Services with an endpoint that is one of these Pods, by `namespace/name`.
+fn services_of_pods(state: &State, pods: &BTreeSet<String>) -> BTreeSet<Arc<ObjectRef>> {
+    if pods.is_empty() {
+        return BTreeSet::new();
+    }
+    let is_one = |slice: &SliceFacts| {
+        slice.endpoints.iter().filter_map(|endpoint| endpoint.pod()).any(|pod| pods.contains(pod))
+    };
+    let slices = state.slices().filter(|(_, slice)| is_one(slice));
+    let services = slices.filter_map(|(entry, slice)| {
+        let (namespace, name) = (entry.reference.namespace.clone(), slice.service.clone()?);
+        Some(Arc::new(ObjectRef { kind: Kind::Service, namespace, name }))
+    });
+    services.collect()
 }
 
 /// What packets need to know of the gateway file.

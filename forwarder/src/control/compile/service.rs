@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use config::control::ObjectRef;
+use config::gateway::Algorithm;
 use ipnet::IpNet;
 
 use super::Compiler;
@@ -16,8 +17,10 @@ use crate::addr::{Addr, protocol};
 use crate::control::facts::{AddressKind, PortFacts, ServiceAddress, ServiceFacts};
 use crate::control::state::State;
 use crate::control::validate::forbidden;
-use crate::table::maglev::Maglev;
-use crate::tables::{Action, Backends, Endpoint, Frontend, FrontendKey, FrontendKind, Origin, ServicePort};
+use crate::table::spread::Spread;
+use crate::tables::{
+    Action, Backends, Endpoint, EndpointKey, Frontend, FrontendKey, FrontendKind, Origin, ServicePort,
+};
 
 /// Endpoints by address and port.
 pub type Destinations = BTreeSet<(Addr, u16)>;
@@ -35,6 +38,8 @@ pub struct Compiled {
     pub(super) health: ServiceHealth,
     /// Ids of its ports, by stable id.
     ids: Vec<(u64, u32)>,
+    /// Every endpoint of its ports, used or not.
+    pub endpoints: BTreeSet<EndpointKey>,
 }
 
 /// One port of a Service for one family, with its endpoints sorted into lists.
@@ -44,6 +49,19 @@ pub(super) struct FamilyPort<'a> {
     pub(super) is_v4: bool,
     pub(super) endpoints: Vec<EndpointInfo>,
     pub(super) lists: Categories,
+}
+
+impl FamilyPort<'_> {
+    /// What its endpoints are known by, in their order.
+    pub(super) fn keys(&self) -> impl Iterator<Item = EndpointKey> {
+        let protocol = self.port.protocol;
+        let key = move |info: &EndpointInfo| EndpointKey {
+            addr: info.endpoint.addr,
+            port: info.endpoint.port,
+            protocol,
+        };
+        self.endpoints.iter().map(key)
+    }
 }
 
 /// One frontend before it has rulings.
@@ -88,9 +106,15 @@ impl Compiler {
                 affinity_timeout_s: facts.affinity_timeout_s,
             }));
         }
-        let families = self.family_ports(state, reference, facts);
+        let mut families = self.family_ports(state, reference, facts);
+        compiled.endpoints = self.assign_tallies(&mut families);
         compiled.health = self.service_health(facts, &families);
-        let mut builder = Builder { key: self.key, old: &old.backends, backends: &mut compiled.backends };
+        let mut builder = Builder {
+            key: self.key,
+            algorithm: self.algorithm(facts),
+            old: &old.backends,
+            backends: &mut compiled.backends,
+        };
         for claimed in self.claimed(state, facts) {
             let is_v4 = claimed.key.addr.is_v4();
             let Some(family) =
@@ -122,6 +146,28 @@ impl Compiler {
         Some(compiled)
     }
 
+    /// How new connections of a Service are spread.
+    pub(super) fn algorithm(&self, facts: &ServiceFacts) -> Algorithm {
+        facts.algorithm.unwrap_or(self.gateway.gateway.lb_algorithm)
+    }
+
+    /// Gives each endpoint the number that its connections are counted under; returns them all.
+    fn assign_tallies(&mut self, families: &mut [FamilyPort<'_>]) -> BTreeSet<EndpointKey> {
+        let all: BTreeSet<EndpointKey> = families.iter().flat_map(FamilyPort::keys).collect();
+        let services = &self.services;
+        for family in families {
+            let keys: Vec<_> = family.keys().collect();
+            for (info, key) in family.endpoints.iter_mut().zip(keys) {
+                let in_use = || {
+                    let others = services.values().flat_map(|compiled| &compiled.endpoints).copied();
+                    others.chain(all.iter().copied()).collect()
+                };
+                info.endpoint.tally = self.tallies.assign(key, in_use);
+            }
+        }
+        all
+    }
+
     /// Sorts the endpoints of each port, for each family that the Service has a ClusterIP of: a Service does not exist
     /// in other families (kubernetes pkg/proxy/servicechangetracker.go).
     pub(super) fn family_ports<'a>(
@@ -140,7 +186,8 @@ impl Compiler {
             for port in &facts.ports {
                 let slices = state.slices_of(&reference.namespace, &reference.name).map(|(_, slice)| slice);
                 let key = PortKey { name: &port.name, protocol: port.protocol };
-                let endpoints = merge(slices, key, is_v4, node);
+                let pod_weight = |name: &str| self.pod_weights.get(name).copied();
+                let endpoints = merge(slices, key, is_v4, node, pod_weight);
                 let lists = categorize(&endpoints, place, |node| self.surroundings.excluded.contains(node));
                 families.push(FamilyPort { port, is_v4, endpoints, lists });
             }
@@ -230,6 +277,7 @@ pub(super) fn frontend_kind(kind: AddressKind) -> FrontendKind {
 /// Turns rulings into actions; equal lists of a port become one Maglev table.
 struct Builder<'b> {
     key: u64,
+    algorithm: Algorithm,
     old: &'b [(u64, Arc<Backends>)],
     backends: &'b mut Vec<(u64, Arc<Backends>)>,
 }
@@ -250,18 +298,23 @@ impl Builder<'_> {
     }
 
     fn backends(&mut self, stable_id: u64, endpoints: Vec<Endpoint>) -> Arc<Backends> {
-        let known =
-            |(id, backends): &&(u64, Arc<Backends>)| *id == stable_id && backends.endpoints == endpoints;
+        let known = |(id, backends): &&(u64, Arc<Backends>)| {
+            *id == stable_id
+                && backends.endpoints == endpoints
+                && backends.spread.algorithm() == self.algorithm
+        };
         if let Some((_, backends)) = self.backends.iter().find(known) {
             return backends.clone();
         }
         let backends = match self.old.iter().find(known) {
             Some((_, backends)) => backends.clone(),
             None => {
-                let hashes: Vec<(u64, u32)> =
-                    endpoints.iter().map(|endpoint| (endpoint_hash(endpoint), 1)).collect();
-                let maglev = Maglev::build(self.key ^ stable_id, &hashes);
-                Arc::new(Backends { endpoints, maglev })
+                let weighed: Vec<(u64, u32)> = endpoints
+                    .iter()
+                    .map(|endpoint| (endpoint_hash(endpoint), endpoint.weight.into()))
+                    .collect();
+                let spread = Spread::build(self.algorithm, self.key ^ stable_id, &weighed);
+                Arc::new(Backends { endpoints, spread })
             }
         };
         self.backends.push((stable_id, backends.clone()));

@@ -4,7 +4,11 @@ use proptest::prelude::*;
 
 use super::fixture::{Cluster, gateway};
 use super::*;
+use config::gateway::Algorithm;
+
 use crate::addr::{Tuple, protocol};
+use crate::control::state::Accepted;
+use crate::table::flow_map::{FlowMapConfig, NewFlow};
 use crate::tables::{Action, Frontend, FrontendKey, FrontendKind, Origin};
 
 const HEAD: &str = "[gateway]
@@ -277,6 +281,157 @@ fn ids_and_lists_stay_while_a_service_changes() {
     // The lists of pods and nodes are the same one.
     let Action::Dnat { backends: of_node, .. } = &after.from_node else { panic!("no dnat") };
     assert!(Arc::ptr_eq(&backends(&after), of_node));
+}
+
+fn backends(compiler: &Compiler, at: FrontendKey) -> Arc<crate::tables::Backends> {
+    match &frontend(compiler, at).from_pod {
+        Action::Dnat { backends, .. } => backends.clone(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn the_algorithm_is_the_gateways_unless_the_service_says_otherwise() {
+    let at = key("10.96.0.1", 80, protocol::TCP);
+    let algorithm = |head: &str, annotation: &str| {
+        let name = "metadata: {name: web, namespace: shop, resourceVersion: '77'";
+        let yaml = WEB.replace(name, &format!("{name}, annotations: {{{annotation}}}"));
+        let compiler = Cluster::new(head, &yaml).compiler(&[]);
+        backends(&compiler, at).spread.algorithm()
+    };
+    let random = HEAD.replace("return", "lb_algorithm = 'random'\nreturn");
+    assert_eq!(algorithm(HEAD, ""), Algorithm::Maglev);
+    assert_eq!(algorithm(&random, ""), Algorithm::Random);
+    assert_eq!(algorithm(&random, "towpath.dev/lb-algorithm: maglev"), Algorithm::Maglev);
+    assert_eq!(algorithm(HEAD, "towpath.dev/lb-algorithm: least-connections"), Algorithm::LeastConnections);
+    // A mistake does not make the Service unusable.
+    assert_eq!(algorithm(&random, "towpath.dev/lb-algorithm: round-robin"), Algorithm::Random);
+}
+
+#[test]
+fn a_new_algorithm_takes_the_same_endpoints() {
+    let mut cluster = Cluster::new(HEAD, WEB);
+    let mut compiler = cluster.compiler(&[]);
+    let at = key("10.96.0.1", 80, protocol::TCP);
+    let before = backends(&compiler, at);
+    let name = "resourceVersion: '77'";
+    let yaml = WEB.replace(name, &format!("{name}, annotations: {{towpath.dev/lb-algorithm: random}}"));
+    let accepted = cluster.apply(&yaml);
+    compiler.compile(&cluster.state, &accepted.touched, 2);
+    let after = backends(&compiler, at);
+    assert_eq!((after.spread.algorithm(), &after.endpoints), (Algorithm::Random, &before.endpoints));
+    assert!(after.endpoints.iter().all(|endpoint| endpoint.tally > 0));
+}
+
+/// `10.244.1.1*1 10.244.2.1*3` of http on the ClusterIP.
+fn weights(compiler: &Compiler) -> String {
+    let backends = backends(compiler, key("10.96.0.1", 80, protocol::TCP));
+    let shown: Vec<_> = backends.endpoints.iter().map(|e| format!("{}*{}", e.addr, e.weight)).collect();
+    shown.join(" ")
+}
+
+const POD: &str = "kind: Pod\nmetadata: {name: web-a, namespace: shop}\nstatus: {podIP: 10.244.1.1}\n";
+
+#[test]
+fn weights_come_from_slices_and_pods_and_follow_them() {
+    let mut cluster = Cluster::new(HEAD, &format!("{WEB}---\n{POD}"));
+    let mut compiler = cluster.compiler(&[]);
+    let mut step = |cluster: &mut Cluster, accepted: Accepted| {
+        compiler.compile(&cluster.state, &accepted.touched, 2);
+        assert_eq!(dump(compiler.tables()), dump(cluster.compiler(&[]).tables()));
+        weights(&compiler)
+    };
+    let slice = WEB.split("---\n").nth(1).unwrap();
+    let annotated = |yaml: &str, weight: &str| {
+        yaml.replacen(
+            "namespace: shop",
+            &format!("namespace: shop, annotations: {{towpath.dev/weight: '{weight}'}}"),
+            1,
+        )
+    };
+    let accepted = cluster.apply(&annotated(slice, "3"));
+    assert_eq!(step(&mut cluster, accepted), "10.244.1.1*3 10.244.2.1*3");
+    let accepted = cluster.apply(&annotated(POD, "1000"));
+    assert_eq!(step(&mut cluster, accepted), "10.244.1.1*1000 10.244.2.1*3");
+    // 0: no new connections; the Maglev table does not even have it.
+    let accepted = cluster.apply(&annotated(POD, "0"));
+    assert_eq!(step(&mut cluster, accepted), "10.244.2.1*3");
+    let accepted = cluster.apply(&annotated(POD, "1001"));
+    assert!(accepted.warnings.iter().any(|fault| fault.to_string().contains("from 0 to 1000")));
+    assert_eq!(step(&mut cluster, accepted), "10.244.1.1*3 10.244.2.1*3");
+    let accepted = cluster.apply(&annotated(POD, "9"));
+    assert_eq!(step(&mut cluster, accepted), "10.244.1.1*9 10.244.2.1*3");
+    let accepted = cluster.delete(Kind::Pod, "shop", "web-a");
+    assert_eq!(step(&mut cluster, accepted), "10.244.1.1*3 10.244.2.1*3");
+    let accepted = cluster.apply(slice);
+    assert_eq!(step(&mut cluster, accepted), "10.244.1.1*1 10.244.2.1*1");
+}
+
+#[test]
+fn a_service_of_weight_0_is_rejected_and_says_so() {
+    let slice = "name: web-4, namespace: shop";
+    let yaml = WEB.replace(slice, &format!("{slice}, annotations: {{towpath.dev/weight: '0'}}"));
+    let cluster = Cluster::new(HEAD, &yaml);
+    let compiler = cluster.compiler(&[]);
+    let got = frontend(&compiler, key("203.0.113.10", 80, protocol::TCP));
+    for origin in [Origin::Outside, Origin::Pod, Origin::Node] {
+        assert_eq!(show(got.action(origin)), "reject zero_weight");
+    }
+    // The endpoint still serves: its UDP flows stay.
+    let described = compiler.describe_service(&cluster.state, "shop", "web").unwrap();
+    let why = described.endpoints[0].unused.as_deref();
+    assert_eq!(why, Some("weight 0: it keeps its connections and gets no new ones"));
+    assert_eq!(described.frontends[0].from_pod.reason.as_deref(), Some("zero_weight"));
+}
+
+#[test]
+fn a_description_gives_weights_shares_and_connections() {
+    let yaml = format!(
+        "{WEB}---\n{}",
+        POD.replace("namespace: shop", "namespace: shop, annotations: {towpath.dev/weight: '3'}")
+    );
+    let cluster = Cluster::new(HEAD, &yaml);
+    let compiler = cluster.compiler(&[]);
+    let mut described = compiler.describe_service(&cluster.state, "shop", "web").unwrap();
+    assert_eq!(described.lb_algorithm, "maglev");
+    let flows = FlowMap::anonymous(FlowMapConfig { capacity: 8, tallies: 64, ..Default::default() });
+    let tally = backends(&compiler, key("10.96.0.1", 80, protocol::TCP)).endpoints[0].tally;
+    flows.insert(&mut flows.worker(0), &NewFlow { tally, ..NewFlow::default() }, 1).unwrap();
+    compiler.count_connections(&mut described, &flows);
+    let http: Vec<_> = described.endpoints.iter().filter(|e| e.endpoint.port_name == "http").collect();
+    let shown: Vec<_> = http.iter().map(|e| (e.weight, &*e.shares_bp, e.connections)).collect();
+    let none: &[u32] = &[];
+    assert_eq!(
+        shown,
+        [
+            (3, &[7_500, 7_500][..], Some(1)),
+            (1, &[2_500, 2_500], Some(0)),
+            (1, none, Some(0)),
+            (1, none, Some(0))
+        ]
+    );
+}
+
+/// After a restart flows are counted for their endpoints again, those of an endpoint without new connections included.
+#[test]
+fn flows_that_were_found_again_are_counted() {
+    let flows = FlowMap::anonymous(FlowMapConfig { capacity: 64, tallies: 64, ..Default::default() });
+    let mut worker = flows.worker(0);
+    for (client, endpoint) in [(1, "10.244.1.1"), (2, "10.244.1.1"), (3, "10.244.2.3"), (4, "10.244.9.9")] {
+        let original =
+            Tuple { src: Addr::v4(client), dst: addr("10.96.0.1"), src_port: 9, dst_port: 80, protocol: 6 };
+        let reply = Tuple { src: addr(endpoint), src_port: 8080, ..original.reversed() };
+        let new = NewFlow { original, reply: Some(reply), ..NewFlow::default() };
+        flows.insert(&mut worker, &new, 1).unwrap();
+    }
+    let cluster = Cluster::new(HEAD, WEB);
+    let compiler = cluster.compiler(&[]);
+    compiler.count_flows(&flows);
+    let mut described = compiler.describe_service(&cluster.state, "shop", "web").unwrap();
+    compiler.count_connections(&mut described, &flows);
+    let http = described.endpoints.iter().filter(|e| e.endpoint.port_name == "http");
+    let counts: Vec<_> = http.map(|e| e.connections.unwrap()).collect();
+    assert_eq!(counts, [2, 0, 0, 1]);
 }
 
 #[test]

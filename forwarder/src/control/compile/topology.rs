@@ -29,8 +29,10 @@ pub enum TopologyMode {
 pub struct Chosen {
     /// Which list it is.
     pub list: List,
-    /// Its endpoints; may be empty.
+    /// Its endpoints that get new connections; may be empty.
     pub indexes: Vec<usize>,
+    /// Its endpoints of weight 0, which get none.
+    pub drained: Vec<usize>,
 }
 
 /// The lists of one port of a Service.
@@ -67,17 +69,18 @@ pub fn categorize(
                 .map(|(i, _)| i)
                 .collect()
         };
+        let chosen = |list, indexes: Vec<usize>| {
+            let is_open = |i: &usize| endpoints[*i].endpoint.weight > 0;
+            let (indexes, drained) = indexes.into_iter().partition(is_open);
+            Chosen { list, indexes, drained }
+        };
         let indexes = pick(&|info| info.ready && (!near || is_near(info, topology, place)));
         if !indexes.is_empty() {
-            return Chosen { list: ready, indexes };
+            return chosen(ready, indexes);
         }
         // The topology does not matter for the last resort.
         let indexes = pick(&|info| info.serving && info.terminating);
-        if indexes.is_empty() {
-            Chosen { list: ready, indexes }
-        } else {
-            Chosen { list: terminating, indexes }
-        }
+        chosen(if indexes.is_empty() { ready } else { terminating }, indexes)
     };
     Categories {
         cluster: choose(List::Cluster, List::ClusterTerminating, &|_| true, true),
@@ -147,6 +150,8 @@ mod tests {
                         port: 80,
                         name: "".into(),
                         node: node.into(),
+                        weight: 1,
+                        tally: 0,
                     },
                     ready,
                     serving,
@@ -202,6 +207,26 @@ mod tests {
         );
         // What terminates and does not serve is never used, even alone.
         check(&["dying@here"], (Cluster, &[]), (Local, &[]), (Local, &[]), false);
+    }
+
+    /// Weight 0 is no reason to fall back to what is worse.
+    #[test]
+    fn endpoints_of_weight_0_stay_in_their_list_and_get_nothing() {
+        let mut all = endpoints(&["ready@here", "ready@n1", "draining@n2"]);
+        all[0].endpoint.weight = 0;
+        let categorize = |all: &[EndpointInfo]| categorize(all, Place { node: "here", zone: "" }, |_| false);
+        let got = categorize(&all);
+        let expected = |list, indexes: &[usize], drained: &[usize]| Chosen {
+            list,
+            indexes: indexes.into(),
+            drained: drained.into(),
+        };
+        assert_eq!(got.cluster, expected(Cluster, &[1], &[0]));
+        assert_eq!(got.local, expected(Local, &[], &[0]));
+        all[1].endpoint.weight = 0;
+        let got = categorize(&all);
+        assert_eq!(got.cluster, expected(Cluster, &[], &[0, 1]));
+        assert!(got.has_any);
     }
 
     /// Rule 3.3.

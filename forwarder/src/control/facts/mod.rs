@@ -2,6 +2,7 @@
 //! parse or doubt again. Every field that is wrong by itself becomes a fault here; what two objects do to each other is
 //! judged in [`validate`](super::validate).
 
+mod annotation;
 mod node;
 mod pod;
 mod service;
@@ -43,7 +44,7 @@ impl Facts {
         match object {
             Object::Namespace(_) => Facts::Namespace,
             Object::Node(node) => Facts::Node(NodeFacts::read(node, faults)),
-            Object::Pod(pod) => Facts::Pod(PodFacts::read(pod, faults)),
+            Object::Pod(pod) => Facts::Pod(PodFacts::read(pod, faults, warnings)),
             Object::Service(service) => Facts::Service(ServiceFacts::read(service, faults, warnings)),
             Object::EndpointSlice(slice) => Facts::Slice(SliceFacts::read(slice, faults, warnings)),
         }
@@ -125,6 +126,15 @@ pub fn protocol_name(protocol: u8) -> &'static str {
         protocol::UDP => "UDP",
         protocol::SCTP => "SCTP",
         _ => "TCP",
+    }
+}
+
+/// The number of a protocol that [`protocol_name`] named.
+pub fn protocol_number(name: &str) -> u8 {
+    match name {
+        "UDP" => protocol::UDP,
+        "SCTP" => protocol::SCTP,
+        _ => protocol::TCP,
     }
 }
 

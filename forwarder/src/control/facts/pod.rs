@@ -3,6 +3,7 @@
 use config::fault::Fault;
 use k8s_openapi::api::core::v1::Pod;
 
+use super::annotation::{self, Annotations};
 use super::read_addr;
 use crate::addr::Addr;
 
@@ -14,11 +15,17 @@ pub struct PodFacts {
     pub addresses: Vec<(Addr, String)>,
     /// `spec.hostNetwork`: the addresses are those of its node.
     pub host_network: bool,
+    /// Annotation `towpath.dev/weight`.
+    pub weight: Option<u16>,
 }
 
 impl PodFacts {
-    pub(super) fn read(pod: &Pod, faults: &mut Vec<Fault>) -> PodFacts {
+    pub(super) fn read(pod: &Pod, faults: &mut Vec<Fault>, warnings: &mut Vec<Fault>) -> PodFacts {
+        let mut annotations = Annotations::of(&pod.metadata, warnings);
+        let weight = annotation::weight(&mut annotations);
+        annotations.finish("Pod");
         let mut facts = PodFacts {
+            weight,
             host_network: pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or(false),
             ..PodFacts::default()
         };

@@ -1,9 +1,11 @@
 //! What a Service says.
 
 use config::fault::{Code, Fault};
+use config::gateway::Algorithm;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 
+use super::annotation::Annotations;
 use super::{protocol_name, read_addr, read_port, read_protocol, read_word};
 use crate::addr::Addr;
 use crate::control::address::parse_cidr;
@@ -31,6 +33,8 @@ pub struct ServiceFacts {
     pub affinity_timeout_s: Option<u32>,
     /// `spec.trafficDistribution`; decided by hints, kept for display.
     pub distribution: Distribution,
+    /// Annotation `towpath.dev/lb-algorithm`.
+    pub algorithm: Option<Algorithm>,
 }
 
 /// `spec.type`.
@@ -158,6 +162,9 @@ impl ServiceFacts {
         };
         let internal_local = local("spec.internalTrafficPolicy", &spec.internal_traffic_policy);
         let external_local = local("spec.externalTrafficPolicy", &spec.external_traffic_policy);
+        let mut annotations = Annotations::of(&service.metadata, warnings);
+        let algorithm = annotations.word("lb-algorithm", &Algorithm::WORDS);
+        annotations.finish("Service");
         let cluster_ips = cluster_ips(spec);
         let skip = skip(service, type_, &cluster_ips);
         let mut facts = ServiceFacts {
@@ -169,6 +176,7 @@ impl ServiceFacts {
             distribution: distribution(spec, warnings),
             health_check_node_port: health_check_node_port(spec, type_, external_local, faults),
             ports: ports(spec, type_, skip, faults),
+            algorithm,
             ..ServiceFacts::default()
         };
         if !matches!(skip, Some(Skip::Headless | Skip::ExternalName)) {

@@ -6,6 +6,7 @@ use config::fault::{Code, Fault};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use k8s_openapi::jiff::Timestamp;
 
+use super::annotation::{self, Annotations};
 use super::{read_addr, read_port, read_protocol};
 use crate::addr::Addr;
 
@@ -26,6 +27,8 @@ pub struct SliceFacts {
     pub ports: Vec<SlicePort>,
     /// When what it tells of happened in the cluster, if it says so.
     pub triggered: Option<Timestamp>,
+    /// Annotation `towpath.dev/weight`: of all its endpoints whose Pods have none.
+    pub weight: Option<u16>,
 }
 
 /// One of `ports`.
@@ -72,7 +75,11 @@ impl SliceFacts {
         faults: &mut Vec<Fault>,
         warnings: &mut Vec<Fault>,
     ) -> SliceFacts {
+        let mut annotations = Annotations::of(&slice.metadata, warnings);
+        let weight = annotation::weight(&mut annotations);
+        annotations.finish("EndpointSlice");
         let mut facts = SliceFacts {
+            weight,
             service: slice
                 .metadata
                 .labels
@@ -136,6 +143,11 @@ fn triggered(slice: &EndpointSlice, warnings: &mut Vec<Fault>) -> Option<Timesta
 }
 
 impl EndpointFacts {
+    /// `namespace/name` of the Pod that it is, if it says so.
+    pub fn pod(&self) -> Option<&str> {
+        self.target.starts_with("Pod/").then_some(&*self.name)
+    }
+
     fn read(
         slice: &EndpointSlice,
         endpoint: &Endpoint,

@@ -83,9 +83,11 @@ impl FlowMap {
         }
         let weight = self.weight(new.phase);
         self.reserve(weight)?;
+        self.tally_up(new.tally);
         let result = self.publish(worker, new, now_s, reply.as_ref(), &original);
         if !result.is_ok_and(|inserted| inserted.is_new) {
             self.counts.fetch_sub(weight, Ordering::Relaxed);
+            self.tally_down(new.tally);
         }
         result
     }
@@ -108,9 +110,14 @@ impl FlowMap {
         Err(InsertError::ReplyTaken)
     }
 
-    /// Counts the flow before it exists, so that the share of embryonic flows is never exceeded.
+    /// Counts the flow before it exists, so that the share of embryonic flows is never exceeded, and nobody looks for a free record in
+    /// a full map.
     fn reserve(&self, weight: u64) -> Result<(), InsertError> {
         let before = self.counts.fetch_add(weight, Ordering::Relaxed);
+        if before as u32 >= self.config.capacity {
+            self.counts.fetch_sub(weight, Ordering::Relaxed);
+            return Err(InsertError::Full);
+        }
         if weight >= ONE_EMBRYONIC && before >> 32 >= u64::from(self.embryonic_limit) {
             self.counts.fetch_sub(weight, Ordering::Relaxed);
             return Err(InsertError::EmbryonicFull);

@@ -153,7 +153,8 @@ impl State {
 
 /// A connection: one cache line for IPv4; the addresses of others are in the [`Extension`] of the same index.
 ///
-/// Everything but `state` and `next_hop` is written while the record is pending and unpublished, and never again in that use.
+/// Everything but `state` and `next_hop` is written while the record is pending and unpublished, and never again in that use. The tally
+/// has a meaning in one process only: the next one gives flows tallies of its own before workers run.
 #[repr(C, align(64))]
 pub(super) struct Record {
     pub state: AtomicU64,
@@ -161,7 +162,7 @@ pub(super) struct Record {
     addrs: [AtomicU64; 2],
     /// By direction, original low: source and destination port.
     ports: AtomicU64,
-    /// `timeout_s:32 | unused:16 | one_way:1 | extended:1 | protocol:8`, see the constants.
+    /// `timeout_s:32 | tally:20 | unused:2 | one_way:1 | extended:1 | protocol:8`, see the constants.
     shape: AtomicU64,
     service: AtomicU64,
     /// `created_s:32 | generation:32`.
@@ -177,6 +178,10 @@ pub(super) struct Extension {
 
 const EXTENDED: u64 = 1 << 8;
 const ONE_WAY: u64 = 1 << 9;
+const TALLY_SHIFT: u32 = 12;
+/// Tallies have 20 bits.
+pub(super) const TALLIES_MAX: u32 = 1 << 20;
+const TALLY: u64 = (TALLIES_MAX as u64 - 1) << TALLY_SHIFT;
 
 /// The second tuple of a record: the reply, or of a one-way entry its endpoint as a source.
 fn second_tuple(flow: &NewFlow) -> Tuple {
@@ -212,6 +217,7 @@ impl Record {
         let ports = u64::from(tuples[1].ports) << 32 | u64::from(tuples[0].ports);
         self.ports.store(ports, Ordering::Relaxed);
         let shape = u64::from(flow.timeout_s) << 32
+            | u64::from(flow.tally % TALLIES_MAX) << TALLY_SHIFT
             | if flow.reply.is_none() { ONE_WAY } else { 0 }
             | if extended { EXTENDED } else { 0 }
             | u64::from(flow.original.protocol);
@@ -268,6 +274,18 @@ impl Record {
     #[inline]
     pub fn timeout_s(&self) -> u32 {
         (self.shape.load(Ordering::Relaxed) >> 32) as u32
+    }
+
+    /// The tally that the flow counts towards, or 0.
+    #[inline]
+    pub fn tally(&self) -> u32 {
+        ((self.shape.load(Ordering::Relaxed) & TALLY) >> TALLY_SHIFT) as u32
+    }
+
+    /// Changes the tally. While no worker runs.
+    pub fn set_tally(&self, tally: u32) {
+        let others = self.shape.load(Ordering::Relaxed) & !TALLY;
+        self.shape.store(others | u64::from(tally % TALLIES_MAX) << TALLY_SHIFT, Ordering::Relaxed);
     }
 
     #[inline]

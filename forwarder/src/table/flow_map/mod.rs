@@ -13,10 +13,11 @@
 //! - **Restart.** The state word is the only truth. [`FlowMap::open`] keeps every live record and clears each slot that leads
 //!   elsewhere, so a process may be killed at any instruction.
 //! - **Floods.** Flows in an embryonic phase may use a share of the map only, counted exactly, so that half-open connections
-//!   neither evict nor starve established ones. Nothing is ever evicted.
+//!   neither evict nor starve established ones. Nothing is ever evicted. What finds no room can be marked, so that it is known again.
+//! - **Tallies.** A flow may count towards a number of the caller's, exactly, from its insertion to its end, whatever ends it.
 //!
 //! Files in the order of reading: `layout` (what lies in the region), `region` (the mapping), `index` (slots), `insert`, `remove`
-//! (and ageing), `reclaim`, `recover`; `view` is what callers see of a flow. All time is passed in, in seconds of CLOCK_MONOTONIC.
+//! (and ageing), `reclaim`, `recover`, `mark`; `view` is what callers see of a flow. All time is passed in, in seconds of CLOCK_MONOTONIC.
 #![allow(unsafe_code)]
 
 mod hash;
@@ -25,6 +26,7 @@ mod insert;
 mod layout;
 #[cfg(all(test, loom))]
 mod loom;
+mod mark;
 mod reclaim;
 mod recover;
 #[cfg(not(loom))]
@@ -48,7 +50,7 @@ use crate::addr::{Addr, Tuple};
 use hash::{HashKey, Packed};
 use reclaim::{FreeRecords, Keeping, Workers};
 use region::{Header, Region, Sizes};
-use sync::{AtomicU64, Ordering};
+use sync::{AtomicU32, AtomicU64, Ordering};
 
 pub use insert::{InsertError, Inserted};
 pub use view::{FlowId, FlowRef, FlowSnapshot, Hit};
@@ -66,10 +68,16 @@ pub struct FlowMapConfig {
     pub embryonic_phases: u16,
     /// How many workers there are at most.
     pub workers: usize,
+    /// How many tallies there are, at most [`TALLIES_MAX`]; 4 bytes each.
+    pub tallies: u32,
 }
 
+/// Tallies at most: numbers below this one are counted, 0 is nobody's.
+pub const TALLIES_MAX: u32 = layout::TALLIES_MAX;
+
 impl Default for FlowMapConfig {
-    /// 262,144 connections, one worker, a quarter for embryonic flows, phase 0 alone embryonic, 240 s (RFC 5382 REQ-5, transitory).
+    /// 262,144 connections, one worker, a quarter for embryonic flows, phase 0 alone embryonic, 240 s (RFC 5382 REQ-5, transitory), no
+    /// tallies.
     fn default() -> Self {
         FlowMapConfig {
             capacity: 262_144,
@@ -77,6 +85,7 @@ impl Default for FlowMapConfig {
             timeouts_s: [240; 16],
             embryonic_phases: 1,
             workers: 1,
+            tallies: 0,
         }
     }
 }
@@ -219,6 +228,8 @@ pub struct NewFlow {
     pub generation: u32,
     /// The caller's.
     pub flags: u16,
+    /// What it counts towards while it lives, below [`TALLIES_MAX`]; 0: nothing.
+    pub tally: u32,
 }
 
 /// The map. Shared by reference or `Arc`; every method may be called by any thread, those that take a [`FlowWorker`] by its owner.
@@ -231,6 +242,10 @@ pub struct FlowMap {
     workers: Arc<Workers>,
     /// Live flows low, embryonic ones high, reservations of running inserts included.
     counts: CachePadded<AtomicU64>,
+    /// Live flows by tally, reservations of running inserts included.
+    tallies: Box<[AtomicU32]>,
+    /// Something was marked, perhaps by an earlier process. Saves everybody else the look at the marks.
+    has_marks: AtomicU32,
 }
 
 const ONE_FLOW: u64 = 1;
@@ -320,6 +335,8 @@ impl FlowMap {
             free,
             config,
             counts: CachePadded::new(AtomicU64::new(0)),
+            tallies: (0..config.tallies.min(TALLIES_MAX)).map(|_| AtomicU32::new(0)).collect(),
+            has_marks: AtomicU32::new(0),
         }
     }
 
@@ -428,6 +445,42 @@ impl FlowMap {
         self.embryonic_limit as usize
     }
 
+    /// True if a flow in `phase` would be inserted now, as far as the counts tell.
+    #[inline]
+    pub fn has_room(&self, phase: u8) -> bool {
+        let counts = self.counts.load(Ordering::Relaxed);
+        let is_embryonic_full = self.is_embryonic(phase) && counts >> 32 >= u64::from(self.embryonic_limit);
+        (counts as u32) < self.config.capacity && !is_embryonic_full
+    }
+
+    /// How many flows count towards `tally`. Any thread.
+    #[inline]
+    pub fn tally(&self, tally: u32) -> u32 {
+        self.tallies.get(tally as usize).map_or(0, |count| count.load(Ordering::Relaxed))
+    }
+
+    fn tally_up(&self, tally: u32) {
+        if tally != 0
+            && let Some(count) = self.tallies.get(tally as usize)
+        {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn tally_down(&self, tally: u32) {
+        if tally != 0
+            && let Some(count) = self.tallies.get(tally as usize)
+        {
+            count.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Idle timeout of a phase, seconds.
+    #[inline]
+    pub fn timeout_s(&self, phase: u8) -> u32 {
+        self.config.timeouts_s[usize::from(phase & 15)]
+    }
+
     /// Bytes of the region, IPv6 extensions included.
     pub fn region_bytes(capacity: u32) -> usize {
         Sizes::for_capacity(capacity).len()
@@ -450,6 +503,9 @@ fn check(config: &FlowMapConfig) -> Result<Sizes, FlowMapError> {
     }
     if !(1..=100).contains(&config.embryonic_share) {
         return wrong("embryonic_share", config.embryonic_share.into(), "choose 1 to 100 percent");
+    }
+    if config.tallies > TALLIES_MAX {
+        return wrong("tallies", config.tallies.into(), "choose 0 to 1048576 tallies");
     }
     if !(1..=1024).contains(&config.workers) {
         return wrong("workers", config.workers as u64, "choose 1 to 1024 workers");

@@ -67,6 +67,7 @@ impl FlowMap {
             endpoint_port: flow.endpoint_port,
             generation: flow.generation,
             flags: flow.flags,
+            tally: 0,
         };
         Some((new, flow.created_s, flow.last_seen_s))
     }
@@ -79,6 +80,7 @@ impl FlowMap {
         let live = self.sort_records(&mut recovery);
         let linked = self.sweep_slots(&live, &mut recovery);
         self.relink(&live, &linked, &mut recovery);
+        self.find_marks();
         recovery
     }
 
@@ -95,6 +97,9 @@ impl FlowMap {
                         live.set(word * 64 + i);
                         recovery.kept += 1;
                         counts += self.weight(state.phase());
+                        if record.tally() != 0 {
+                            record.set_tally(0);
+                        }
                         continue;
                     }
                     Life::Pending | Life::Condemned => {

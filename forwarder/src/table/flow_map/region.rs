@@ -4,10 +4,11 @@
 //! offset 0      header page: magic, layout version, sizes, hash key, checksum
 //!        4096   buckets      64 B each, half a bucket a connection: 32 B a connection
 //!        ...    records      64 B a connection
+//!        ...    marks        8 B a connection
 //!        ...    extensions   64 B a connection, touched by flows that are not IPv4 only
 //! ```
 //!
-//! Buckets and records are allocated when the region is opened, so that no worker ever waits for a page of them or dies of SIGBUS on
+//! Buckets, records and marks are allocated when the region is opened, so that no worker ever waits for a page of them or dies of SIGBUS on
 //! a full tmpfs. Extensions are allocated a page (64 records) at a time, when the first IPv6 flow gets there.
 
 use std::fs::File;
@@ -17,14 +18,16 @@ use std::ptr::NonNull;
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use super::layout::{Bucket, Extension, Record};
-use super::sync::{AtomicU64, Ordering};
+use super::sync::{AtomicU16, AtomicU64, Ordering};
 use super::{EmptyReason, FlowMapError};
 
 /// Counts changes of the layout, of the hash and of the meaning of any bit in the region.
-pub(super) const LAYOUT_VERSION: u64 = 1;
+pub(super) const LAYOUT_VERSION: u64 = 2;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"towpathF");
 const PAGE: usize = 4096;
+/// With as many marked connections as there are flows, a connection that is not marked looks so in one of five cases.
+const MARKS_PER_RECORD: usize = 4;
 const HEADER_WORDS: usize = 8;
 
 /// The first words of the region, in this order, then a checksum.
@@ -105,9 +108,17 @@ impl Sizes {
         PAGE + self.buckets as usize * size_of::<Bucket>()
     }
 
+    fn marks_at(self) -> usize {
+        self.records_at() + self.records as usize * size_of::<Record>()
+    }
+
+    fn marks(self) -> usize {
+        self.records as usize * MARKS_PER_RECORD
+    }
+
     /// Rounded to a page, so that 64 records have their extensions in one page.
     fn extensions_at(self) -> usize {
-        (self.records_at() + self.records as usize * size_of::<Record>()).next_multiple_of(PAGE)
+        (self.marks_at() + self.marks() * size_of::<AtomicU16>()).next_multiple_of(PAGE)
     }
 
     pub fn len(self) -> usize {
@@ -121,6 +132,7 @@ pub(super) struct Region {
     sizes: Sizes,
     buckets: NonNull<Bucket>,
     records: NonNull<Record>,
+    marks: NonNull<AtomicU16>,
     extensions: NonNull<Extension>,
     /// A bit a page of extensions: allocated, safe to touch.
     populated: Box<[AtomicU64]>,
@@ -181,6 +193,7 @@ impl Region {
         Region {
             buckets: part(PAGE).cast(),
             records: part(sizes.records_at()).cast(),
+            marks: part(sizes.marks_at()).cast(),
             extensions: part(sizes.extensions_at()).cast(),
             populated: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             map,
@@ -215,6 +228,12 @@ impl Region {
     pub fn records(&self) -> &[Record] {
         // SAFETY: as for the buckets.
         unsafe { std::slice::from_raw_parts(self.records.as_ptr(), self.sizes.records as usize) }
+    }
+
+    #[inline]
+    pub fn marks(&self) -> &[AtomicU16] {
+        // SAFETY: as for the buckets; records end at a multiple of 64 bytes, which is aligned enough.
+        unsafe { std::slice::from_raw_parts(self.marks.as_ptr(), self.sizes.marks()) }
     }
 
     #[inline]

@@ -1,6 +1,7 @@
 //! The region while loom checks a model: a few records on the heap, nothing mapped.
 
 use super::layout::{Bucket, Extension, Record};
+use super::sync::AtomicU16;
 use super::{EmptyReason, FlowMapError};
 
 /// How many of everything.
@@ -36,6 +37,7 @@ pub(super) struct Region {
     buckets: Box<[Bucket]>,
     records: Box<[Record]>,
     extensions: Box<[Extension]>,
+    marks: Box<[AtomicU16]>,
 }
 
 impl Region {
@@ -54,6 +56,7 @@ impl Region {
             buckets: (0..sizes.buckets).map(|_| Bucket::default()).collect(),
             records: (0..sizes.records).map(|_| Record::default()).collect(),
             extensions: (0..sizes.records).map(|_| Extension::default()).collect(),
+            marks: Box::default(),
         };
         Ok((region, [0x9e37_79b9_7f4a_7c15, 0xbf58_476d_1ce4_e5b9]))
     }
@@ -64,6 +67,11 @@ impl Region {
 
     pub fn records(&self) -> &[Record] {
         &self.records
+    }
+
+    /// Models mark nothing.
+    pub fn marks(&self) -> &[AtomicU16] {
+        &self.marks
     }
 
     pub fn extensions(&self) -> &[Extension] {

@@ -35,9 +35,12 @@ impl FlowMap {
         let Some(record) = self.region.records().get(flow.index() as usize) else { return false };
         let mut state = record.state(Ordering::Acquire);
         while state.is_live() && state.incarnation() == flow.incarnation() {
+            // Read first: once it is condemned, a worker may make another flow of the record.
+            let tally = record.tally();
             match record.change(state, state.with_life(Life::Condemned)) {
                 Ok(()) => {
                     self.counts.fetch_sub(self.weight(state.phase()), Ordering::Relaxed);
+                    self.tally_down(tally);
                     return true;
                 }
                 Err(now) => state = now,
@@ -110,6 +113,7 @@ impl FlowMap {
         record.change(from, from.with_life(Life::Dead))?;
         if from.is_live() {
             self.counts.fetch_sub(self.weight(from.phase()), Ordering::Relaxed);
+            self.tally_down(record.tally());
         }
         let extension = &self.region.extensions()[index as usize];
         for direction in [Direction::Original, Direction::Reply] {

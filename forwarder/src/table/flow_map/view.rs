@@ -104,12 +104,19 @@ impl FlowRef<'_> {
 
     /// Changes the phase, below 16, and with it the timeout. Nothing happens to a flow that was removed meanwhile.
     pub fn set_phase(&self, phase: u8) {
-        let Ok(before) = self.update(|state| state.with_phase(phase)) else { return };
-        match (self.map.is_embryonic(before.phase()), self.map.is_embryonic(phase)) {
-            (true, false) => self.map.counts.fetch_sub(ONE_EMBRYONIC, Ordering::Relaxed),
-            (false, true) => self.map.counts.fetch_add(ONE_EMBRYONIC, Ordering::Relaxed),
-            _ => 0,
-        };
+        if let Ok(before) = self.update(|state| state.with_phase(phase)) {
+            self.map.count_phase(before.phase(), phase);
+        }
+    }
+
+    /// As [`Self::set_phase`], if the phase is still `from`: another thread may have decided otherwise meanwhile.
+    pub fn change_phase(&self, from: u8, to: u8) {
+        let changed = self.update(|state| if state.phase() == from { state.with_phase(to) } else { state });
+        if let Ok(before) = changed
+            && before.phase() == from
+        {
+            self.map.count_phase(from, to);
+        }
     }
 
     /// The caller's flags.
@@ -233,6 +240,42 @@ impl FlowMap {
     #[inline]
     pub(super) fn flow<'m>(&'m self, index: u32, record: &'m Record) -> FlowRef<'m> {
         FlowRef { map: self, index, record }
+    }
+
+    /// Counts a live flow that went from one phase to another.
+    fn count_phase(&self, from: u8, to: u8) {
+        match (self.is_embryonic(from), self.is_embryonic(to)) {
+            (true, false) => self.counts.fetch_sub(ONE_EMBRYONIC, Ordering::Relaxed),
+            (false, true) => self.counts.fetch_add(ONE_EMBRYONIC, Ordering::Relaxed),
+            _ => 0,
+        };
+    }
+
+    /// Changes the phase of a flow from a control thread. Returns false if the flow is gone.
+    pub fn set_phase_from_control(&self, flow: FlowId, phase: u8) -> bool {
+        let Some(record) = self.region.records().get(flow.index as usize) else { return false };
+        let mut state = record.state(Ordering::Acquire);
+        while state.is_live() && state.incarnation() == flow.incarnation {
+            match record.change(state, state.with_phase(phase)) {
+                Ok(()) => {
+                    self.count_phase(state.phase(), phase);
+                    return true;
+                }
+                Err(now) => state = now,
+            }
+        }
+        false
+    }
+
+    /// Has a flow count towards `tally`, after a restart: flows that were found again count towards none. While no worker runs.
+    pub fn assign_tally(&self, flow: FlowId, tally: u32) {
+        let Some(record) = self.region.records().get(flow.index as usize) else { return };
+        let state = record.state(Ordering::Acquire);
+        if state.is_live() && state.incarnation() == flow.incarnation {
+            self.tally_down(record.tally());
+            record.set_tally(tally);
+            self.tally_up(tally);
+        }
     }
 
     /// A copy of the flow in record `index`, below the capacity, if there is one: whole, never half of one flow and half of another.

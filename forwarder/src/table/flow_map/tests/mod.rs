@@ -105,6 +105,80 @@ fn a_flow_is_found_in_both_directions() {
     assert_consistent(&map);
 }
 
+/// Whatever ends a flow, it is counted while it lives and no longer.
+#[test]
+fn tallies_count_live_flows() {
+    let map = FlowMap::anonymous(FlowMapConfig { tallies: 8, ..config(64) });
+    let mut worker = map.worker(0);
+    let tallied = |i: u32, tally| NewFlow { tally, ..if i % 2 == 0 { flow(i) } else { flow_v6(i) } };
+    let counts = || [1, 2, 7].map(|tally| map.tally(tally));
+    let ids: Vec<_> = (0..12)
+        .map(|i| map.insert(&mut worker, &tallied(i, [1, 2, 7][i as usize % 3]), 100).unwrap().flow.id())
+        .collect();
+    assert_eq!(counts(), [4, 4, 4]);
+    // The same flow again counts once; a flow that finds its reply taken does not count.
+    assert!(!map.insert(&mut worker, &tallied(0, 1), 100).unwrap().is_new);
+    let clash = NewFlow { original: client(99), ..tallied(0, 1) };
+    assert_eq!(map.insert(&mut worker, &clash, 100).unwrap_err(), InsertError::ReplyTaken);
+    assert_eq!(counts(), [4, 4, 4]);
+    map.remove(&mut worker, ids[0]);
+    map.remove(&mut worker, ids[0]);
+    assert!(map.remove_from_control(ids[1]) && !map.remove_from_control(ids[1]));
+    assert_eq!(counts(), [3, 3, 4]);
+    map.age(&mut worker, 100, 64);
+    map.quiescent(&mut worker);
+    assert_eq!(counts(), [3, 3, 4], "one that control removed counts once");
+    map.assign_tally(ids[2], 1);
+    map.assign_tally(ids[0], 1);
+    assert_eq!(counts(), [4, 3, 3]);
+    while !map.is_empty() {
+        map.age(&mut worker, 1_000, 64);
+        map.quiescent(&mut worker);
+    }
+    assert_eq!(counts(), [0, 0, 0]);
+    // A number beyond those that there are counts nowhere.
+    map.insert(&mut worker, &tallied(1, 9), 100).unwrap();
+    assert_eq!((map.tally(9), map.tally(0)), (0, 0));
+}
+
+#[test]
+fn a_full_map_says_so() {
+    let map = FlowMap::anonymous(FlowMapConfig { embryonic_share: 50, ..config(8) });
+    let mut worker = map.worker(0);
+    let embryonic = |i| NewFlow { phase: 0, ..flow(i) };
+    for i in 0..4 {
+        assert!(map.has_room(0));
+        map.insert(&mut worker, &embryonic(i), 1).unwrap();
+    }
+    assert!(!map.has_room(0) && map.has_room(1));
+    for i in 4..8 {
+        map.insert(&mut worker, &flow(i), 1).unwrap();
+    }
+    assert!(!map.has_room(0) && !map.has_room(1));
+    assert_eq!(map.insert(&mut worker, &flow(8), 1).unwrap_err(), InsertError::Full);
+    assert_eq!(map.insert(&mut worker, &embryonic(8), 1).unwrap_err(), InsertError::Full);
+    // What is there is found in a full map too.
+    assert!(!map.insert(&mut worker, &flow(7), 1).unwrap().is_new);
+    assert_eq!((map.len(), map.embryonic_len()), (8, 4));
+}
+
+#[test]
+fn phases_change_from_elsewhere() {
+    let map = FlowMap::anonymous(config(64));
+    let mut worker = map.worker(0);
+    let id = map.insert(&mut worker, &NewFlow { phase: 0, ..flow(1) }, 1).unwrap().flow.id();
+    assert!(map.set_phase_from_control(id, 9));
+    let flow = find(&map, &client(1)).unwrap().flow;
+    // A worker that saw the flow in phase 0 does not undo it.
+    flow.change_phase(0, 1);
+    assert_eq!((flow.phase(), map.embryonic_len()), (9, 0));
+    flow.change_phase(9, 1);
+    assert_eq!(flow.phase(), 1);
+    map.remove(&mut worker, id);
+    assert!(!map.set_phase_from_control(id, 9));
+    assert_eq!(map.embryonic_len(), 0);
+}
+
 #[test]
 fn a_one_way_entry_holds_an_endpoint() {
     let map = FlowMap::anonymous(config(64));
@@ -370,6 +444,7 @@ fn wrong_configurations_name_the_field() {
     };
     assert_eq!(name(config(0)), "capacity");
     assert_eq!(name(FlowMapConfig { embryonic_share: 101, ..config(9) }), "embryonic_share");
+    assert_eq!(name(FlowMapConfig { tallies: (1 << 20) + 1, ..config(9) }), "tallies");
     assert_eq!(name(FlowMapConfig { workers: 0, ..config(9) }), "workers");
     assert_eq!(name(FlowMapConfig { timeouts_s: [0; 16], ..config(9) }), "timeouts_s");
 }

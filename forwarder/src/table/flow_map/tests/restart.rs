@@ -51,6 +51,25 @@ fn flows_go_on() {
     assert_eq!(map.insert(&mut worker, &flow(2_000), 1).unwrap_err(), InsertError::Full);
 }
 
+/// Tallies mean something to one process only.
+#[test]
+fn tallies_begin_anew() {
+    let file = tempfile::tempfile().unwrap();
+    let config = FlowMapConfig { tallies: 8, ..config(100) };
+    let (map, _) = FlowMap::open(&file, config).unwrap();
+    let mut worker = map.worker(0);
+    let ids =
+        [3, 5].map(|tally| map.insert(&mut worker, &NewFlow { tally, ..flow(tally) }, 1).unwrap().flow.id());
+    drop((worker, map));
+    let (map, recovery) = FlowMap::open(&file, config).unwrap();
+    assert_eq!((recovery.kept, map.tally(3), map.tally(5)), (2, 0, 0));
+    map.assign_tally(ids[0], 5);
+    let mut worker = map.worker(0);
+    assert_eq!(map.tally(5), 1);
+    ids.into_iter().for_each(|id| map.remove(&mut worker, id));
+    assert_eq!((map.tally(3), map.tally(5)), (0, 0));
+}
+
 #[test]
 fn what_cannot_be_kept_is_said() {
     let file = tempfile::tempfile().unwrap();
@@ -66,7 +85,7 @@ fn what_cannot_be_kept_is_said() {
     file.write_at(b"x", 3).unwrap();
     assert_eq!(refill(200), Some(EmptyReason::Foreign));
     file.write_at(&[9], 8).unwrap();
-    assert_eq!(refill(200), Some(EmptyReason::LayoutVersion { found: 9, expected: 1 }));
+    assert_eq!(refill(200), Some(EmptyReason::LayoutVersion { found: 9, expected: 2 }));
     file.write_at(&[1, 2, 3], 34).unwrap();
     assert_eq!(refill(200), Some(EmptyReason::Checksum));
     let len = file.metadata().unwrap().len();
