@@ -130,6 +130,8 @@ pub struct Choice {
     pub tally: u32,
     /// Translate the source too.
     pub masquerade: bool,
+    /// The consistent hash chose the endpoint, so that it would do so again.
+    pub by_hash: bool,
     /// Seconds for which session affinity remembers the endpoint; 0: not at all.
     pub affinity_timeout_s: u32,
 }
@@ -180,6 +182,8 @@ pub struct Packet {
     pub mss_limit: u16,
     /// Leaves in fragments of at most this many bytes, IP header included; 0: as it is.
     pub cut_to: u16,
+    /// Its connection goes on without an entry in the flow table.
+    pub is_stateless: bool,
     /// Source address for ICMP errors about this packet, where it is not the port's own: the VIP of a service packet.
     pub error_source: Option<Addr>,
     /// Link-layer addresses to write: destination, source.
@@ -213,6 +217,7 @@ impl Packet {
             rewrite: Rewrite::Route,
             mss_limit: 0,
             cut_to: 0,
+            is_stateless: false,
             error_source: None,
             macs: ([0; 6], [0; 6]),
             gateway: Addr::UNSPECIFIED,
@@ -229,6 +234,7 @@ impl Packet {
         self.rewrite = Rewrite::Route;
         self.mss_limit = 0;
         self.cut_to = 0;
+        self.is_stateless = false;
         self.error_source = None;
     }
 
@@ -271,7 +277,7 @@ impl Packet {
             rewrite => rewrite,
         };
         self.out = Tuple { src: first.out.src, dst: first.out.dst, ..self.tuple };
-        (self.ttl, self.cut_to) = (first.ttl, first.cut_to);
+        (self.ttl, self.cut_to, self.is_stateless) = (first.ttl, first.cut_to, first.is_stateless);
         (self.macs, self.gateway) = (first.macs, first.gateway);
     }
 

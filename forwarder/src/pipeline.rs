@@ -118,10 +118,13 @@ fn limit_answers(burst: &mut [Packet], cx: &mut Context<'_>) {
 
 /// Counts the verdicts of a burst. A held packet is counted when it is judged again.
 pub fn count(burst: &[Packet], counters: &Counters) {
-    let (mut forwarded, mut answered, mut punted, mut held, mut gathered) = (0, 0, 0, 0, 0);
+    let (mut forwarded, mut stateless, mut answered, mut punted, mut held, mut gathered) = (0, 0, 0, 0, 0, 0);
     for packet in burst {
         match packet.verdict {
-            Verdict::Forward { .. } => forwarded += 1,
+            Verdict::Forward { .. } => {
+                forwarded += 1;
+                stateless += u64::from(packet.is_stateless);
+            }
             Verdict::Answer { reason, .. } => {
                 answered += 1;
                 counters.count(reason);
@@ -134,6 +137,7 @@ pub fn count(burst: &[Packet], counters: &Counters) {
         }
     }
     counters.add(Counter::forwarded, forwarded);
+    counters.add(Counter::stateless_forwarded, stateless);
     counters.add(Counter::answered, answered);
     counters.add(Counter::punted, punted);
     counters.add(Counter::held, held);

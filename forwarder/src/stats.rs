@@ -37,6 +37,7 @@ counters! {
     tx_packets: "Packets put on transmit rings, answers included.";
     tx_bytes: "Bytes put on transmit rings.";
     forwarded: "Packets forwarded.";
+    stateless_forwarded: "Packets forwarded, of them, whose connection found no room in the flow table and goes by consistent hash.";
     answered: "Packets answered by the gateway itself (RST, ICMP error, echo reply).";
     punted: "Packets handed to the kernel untouched.";
     held: "Packets that had to wait for a next hop.";

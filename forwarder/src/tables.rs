@@ -46,6 +46,9 @@ pub struct Tables {
     /// Addresses owned by Services or announced as theirs, with how many frontends share them.
     /// A packet to one of them that matches no frontend is rejected with [`Reason::UnknownPort`].
     pub vips: PagedMap<Addr, Vip>,
+    /// For endpoints that one LoadBalancer address or externalIP alone leads to without masquerading clients outside: that address
+    /// and port. What lets their connections go on when the flow table is full.
+    pub sole_vips: PagedMap<EndpointKey, (Addr, u16)>,
     /// Who an address is: pods by podCIDR and by address, nodes, service ranges. Longest prefix wins.
     pub identities: Arc<Lpm<Identity>>,
     /// Settings of the gateway file that packets depend on.

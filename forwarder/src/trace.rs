@@ -72,6 +72,10 @@ pub enum Step {
         /// Why.
         because: &'static str,
     },
+    /// The flow table has no room for the connection, which goes on without an entry.
+    NoRoom,
+    /// The packet belongs to a connection without an entry.
+    WithoutEntry(Tuple),
     /// The destination address is owned by Services, but not with this port.
     OwnedAddress,
     /// No Service; the packet is routed as it is.
@@ -141,9 +145,10 @@ impl Step {
             | Step::SourceRange(_)
             | Step::List { .. }
             | Step::Chosen { .. }
+            | Step::WithoutEntry(_)
             | Step::OwnedAddress
             | Step::NotAService => "service",
-            Step::Masquerade { .. } => "nat",
+            Step::Masquerade { .. } | Step::NoRoom => "nat",
             Step::Route { .. } | Step::Mss { .. } => "route",
             Step::Answer(_) => "answer",
             Step::Verdict(_) => "verdict",
@@ -193,6 +198,15 @@ impl fmt::Display for Step {
             }
             Step::Masquerade { addr, port, because } => {
                 write!(f, "source becomes {}: {because}", std::net::SocketAddr::new(*addr, *port))
+            }
+            Step::NoRoom => {
+                write!(f, "the flow table has no room: goes on without an entry, always to this endpoint")
+            }
+            Step::WithoutEntry(out) => {
+                write!(
+                    f,
+                    "its connection found no room in the flow table and goes on without an entry: becomes {out}"
+                )
             }
             Step::OwnedAddress => write!(f, "the address belongs to a Service, this port does not"),
             Step::NotAService => write!(f, "no Service has this address: routed untranslated"),

@@ -374,8 +374,12 @@ impl Generations {
 /// Why a frame is on its way out.
 #[derive(Clone, Copy)]
 enum Leaving {
-    /// So many received packets end with it: one, but where a datagram is cut, all of its fragments with the last piece.
-    Forwarded(u16),
+    Forwarded {
+        /// So many received packets end with it: one, but where a datagram is cut, all of its fragments with the last piece.
+        packets: u16,
+        /// Their connection goes on without an entry in the flow table.
+        is_stateless: bool,
+    },
     Answer(Reason),
 }
 
@@ -427,7 +431,10 @@ impl<P: Port> Rings<P> {
                     }
                     self.recycle(packet.frame, tails);
                 }
-                Verdict::Forward { port } => self.leave(port, Leaving::Forwarded(1), packet.frame, tails),
+                Verdict::Forward { port } => {
+                    let leaving = Leaving::Forwarded { packets: 1, is_stateless: packet.is_stateless };
+                    self.leave(port, leaving, packet.frame, tails);
+                }
                 Verdict::Answer { port, reason } => {
                     tails.for_each(|tail| self.pool.push(tail));
                     self.leave(port, Leaving::Answer(reason), packet.frame, std::iter::empty());
@@ -480,8 +487,9 @@ impl<P: Port> Rings<P> {
         let fragments = if let Part::First(datagram) = first.part { datagram.fragments } else { 1 };
         let mut pieces = pieces.peekable();
         while let Some(piece) = pieces.next() {
-            let ends = if pieces.peek().is_none() { fragments } else { 0 };
-            self.leave(port, Leaving::Forwarded(ends), piece, std::iter::empty());
+            let packets = if pieces.peek().is_none() { fragments } else { 0 };
+            let leaving = Leaving::Forwarded { packets, is_stateless: first.is_stateless };
+            self.leave(port, leaving, piece, std::iter::empty());
         }
     }
 
@@ -508,11 +516,14 @@ impl<P: Port> Rings<P> {
                 sent += port.tx_burst(&mut self.pool, &mut out.burst);
                 out.unsent = port.kick() == Kick::Left;
             }
-            let (mut forwarded, mut answered, mut bytes) = (0, 0, 0);
+            let (mut forwarded, mut stateless, mut answered, mut bytes) = (0, 0, 0, 0);
             for (leaving, len) in &out.packets[..sent] {
                 bytes += u64::from(*len);
                 match leaving {
-                    Leaving::Forwarded(packets) => forwarded += u64::from(*packets),
+                    Leaving::Forwarded { packets, is_stateless } => {
+                        forwarded += u64::from(*packets);
+                        stateless += u64::from(*packets) * u64::from(*is_stateless);
+                    }
                     Leaving::Answer(reason) => {
                         answered += 1;
                         counters.count(*reason);
@@ -520,11 +531,12 @@ impl<P: Port> Rings<P> {
                 }
             }
             counters.add(Counter::forwarded, forwarded);
+            counters.add(Counter::stateless_forwarded, stateless);
             counters.add(Counter::answered, answered);
             counters.add(Counter::tx_packets, sent as u64);
             counters.add(Counter::tx_bytes, bytes);
             for (leaving, _) in &out.packets[sent..] {
-                let packets = if let Leaving::Forwarded(packets) = leaving { *packets } else { 1 };
+                let packets = if let Leaving::Forwarded { packets, .. } = leaving { *packets } else { 1 };
                 (0..packets).for_each(|_| counters.count(Reason::TxRingFull));
             }
             out.burst.recycle(&mut self.pool);

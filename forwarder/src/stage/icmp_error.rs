@@ -5,6 +5,7 @@ use zerocopy::FromBytes;
 use crate::addr::{Addr, Tuple, protocol};
 use crate::packet::{Layer4, Packet, Part, Rewrite};
 use crate::pipeline::Context;
+use crate::stage::overflow;
 use crate::trace::{Step, Trace};
 use crate::verdict::Reason;
 use crate::wire::{checksum, icmp, ipv4, ipv6};
@@ -42,7 +43,12 @@ fn translation(
     let Some(quoted) = quoted_tuple(packet, &quote)? else { return Ok(()) };
     // The quoted packet went out as the answer to what we look for.
     let received = quoted.reversed();
-    let Some(hit) = cx.flows.lookup(&received, cx.flows.hash(&received)) else {
+    let hit = cx.flows.lookup(&received, cx.flows.hash(&received));
+    let out = match &hit {
+        Some(hit) => Some(hit.translated().unwrap_or(received)),
+        None => overflow::answer(&received, cx).or_else(|| overflow::request(&received, cx)),
+    };
+    let Some(out) = out else {
         trace.step(index, || Step::FlowMiss);
         return Ok(());
     };
@@ -52,8 +58,8 @@ fn translation(
     if !checksum_is_right(packet) {
         return Err(Reason::BadL4Checksum);
     }
-    let out = hit.translated().unwrap_or(received);
-    packet.flow = Some((hit.flow.id(), hit.direction));
+    packet.flow = hit.map(|hit| (hit.flow.id(), hit.direction));
+    packet.is_stateless = packet.flow.is_none();
     // The outer addresses change where the flow changes them, whoever sent the error: so does Linux
     // (nf_nat_icmp_reply_translation), and so the receiver learns of no address that it does not know.
     packet.out = Tuple {

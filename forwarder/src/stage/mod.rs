@@ -7,4 +7,5 @@ pub mod icmp_error;
 pub mod service;
 pub mod route;
 pub mod nat;
+pub mod overflow;
 pub mod rewrite;

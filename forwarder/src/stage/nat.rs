@@ -6,6 +6,7 @@ use crate::addr::{Addr, Tuple};
 use crate::packet::{Choice, Layer4, Packet};
 use crate::pipeline::Context;
 use crate::stage::flow::{Phase, belongs_to};
+use crate::stage::overflow;
 use crate::stage::service::{affinity_tuple, is_forgotten};
 use crate::stats::Counter;
 use crate::table::flow_map::{Hit, InsertError, NewFlow};
@@ -46,7 +47,7 @@ fn connect(
         let because =
             if choice.masquerade { "the rule says masquerade" } else { "client and endpoint are one pod" };
         trace.step(index, || Step::Masquerade { addr: addr.into(), port, because });
-    } else if !cx.flows.is_free(&packet.out.reversed()) && !same_connection(packet, cx) {
+    } else if !is_usable(&packet.out.reversed(), packet, cx) && !same_connection(packet, cx) {
         // Another connection of this client, through another VIP, has the same reply tuple: take another source port.
         let port = free_port(packet, client, 1024..=65535, cx).ok_or(Reason::SnatPortsExhausted)?;
         packet.out.src_port = port;
@@ -56,14 +57,16 @@ fn connect(
             because: "the same port of this client is in use towards this endpoint by another VIP",
         });
     }
-    if cx.read_only {
-        return Ok(());
-    }
     let flags = if let Layer4::Tcp { flags } = packet.layer4 { flags } else { 0 };
+    let phase = Phase::first(packet.tuple.protocol, flags) as u8;
+    if cx.read_only {
+        let goes_on = cx.flows.has_room(phase) || overflow::go_on(packet, index, &choice, cx, trace);
+        return if goes_on { Ok(()) } else { Err(Reason::FlowTableFull) };
+    }
     let new = NewFlow {
         original: packet.tuple,
         reply: Some(packet.out.reversed()),
-        phase: Phase::first(packet.tuple.protocol, flags) as u8,
+        phase,
         timeout_s: 0,
         service: choice.service,
         endpoint_addr: endpoint.0,
@@ -79,12 +82,21 @@ fn connect(
             belongs_to(packet, &Hit { direction: inserted.direction, flow: inserted.flow });
         }
         Err(InsertError::ReplyTaken) => return Err(Reason::SnatPortsExhausted),
-        Err(InsertError::Full | InsertError::EmbryonicFull) => return Err(Reason::FlowTableFull),
+        Err(InsertError::Full | InsertError::EmbryonicFull) => {
+            let goes_on = overflow::go_on(packet, index, &choice, cx, trace);
+            return if goes_on { Ok(()) } else { Err(Reason::FlowTableFull) };
+        }
     }
     if choice.affinity_timeout_s > 0 {
         remember(client, choice, endpoint, cx);
     }
     Ok(())
+}
+
+/// True if no other connection has answers with this tuple.
+fn is_usable(answer: &Tuple, packet: &Packet, cx: &Context<'_>) -> bool {
+    let vip = (packet.tuple.dst, packet.tuple.dst_port);
+    cx.flows.is_free(answer) && !overflow::may_clash(answer, vip, cx)
 }
 
 /// True if the flow of this very packet was created since the flow stage looked, so that the reply tuple is its own.
@@ -112,7 +124,7 @@ fn free_port(
 ) -> Option<u16> {
     let reply = |port| Tuple { src: addr, src_port: port, ..packet.out }.reversed();
     let wanted = packet.tuple.src_port;
-    if ports.contains(&wanted) && cx.flows.is_free(&reply(wanted)) {
+    if ports.contains(&wanted) && is_usable(&reply(wanted), packet, cx) {
         return Some(wanted);
     }
     let (first, count) = (u32::from(*ports.start()), ports.len() as u32);
@@ -120,7 +132,8 @@ fn free_port(
         return None;
     }
     let start = (cx.rng.next() % u64::from(count)) as u32;
-    (0..count).map(|i| (first + (start + i) % count) as u16).find(|port| cx.flows.is_free(&reply(*port)))
+    let mut ports = (0..count).map(|i| (first + (start + i) % count) as u16);
+    ports.find(|port| is_usable(&reply(*port), packet, cx))
 }
 
 /// Remembers the endpoint of a client; each new connection refreshes it.

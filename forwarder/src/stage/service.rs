@@ -8,6 +8,7 @@ use crate::addr::{Addr, Tuple, protocol};
 use crate::packet::{Answer, Choice, Layer4, Packet, Rewrite};
 use crate::pipeline::Context;
 use crate::stage::flow::source_side_matches;
+use crate::stage::overflow;
 use crate::table::flow_map::{FlowMap, FlowRef};
 use crate::tables::{Action, Backends, Frontend, FrontendKey, FrontendKind, Identity, Origin, Vip};
 use crate::trace::{ChosenBy, Step, Trace};
@@ -17,7 +18,7 @@ use crate::wire::tcp;
 /// Judges the packets that belong to no flow.
 pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
     for (index, packet) in burst.iter_mut().enumerate() {
-        if packet.undecided() && packet.flow.is_none() {
+        if packet.undecided() && packet.flow.is_none() && !packet.is_stateless {
             first_packet(packet, index, cx, trace);
         }
     }
@@ -44,6 +45,11 @@ fn first_packet(packet: &mut Packet, index: usize, cx: &mut Context<'_>, trace: 
     }
     if cx.tables.identities.lookup(packet.tuple.dst) == Some(Identity::ServiceRange) {
         return packet.drop(Reason::UnknownService);
+    }
+    if has_ports(packet.layer4)
+        && let Some(out) = overflow::answer(&packet.tuple, cx)
+    {
+        return overflow::forward(packet, index, out, cx, trace);
     }
     trace.step(index, || Step::NotAService);
 }
@@ -91,7 +97,11 @@ fn serve(
             return packet.drop(Reason::BadTcpFlags);
         }
         // Linux takes a lone ACK for a connection that it missed the start of (nf_conntrack_tcp_loose), but not the end of one.
-        if flags & (tcp::RST | tcp::FIN) != 0 || flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK {
+        let is_end = flags & (tcp::RST | tcp::FIN) != 0;
+        if is_end && let Some(out) = overflow::request(&packet.tuple, cx) {
+            return overflow::forward(packet, index, out, cx, trace);
+        }
+        if is_end || flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK {
             return packet.drop(Reason::NoFlow);
         }
     }
@@ -117,6 +127,7 @@ fn serve(
                 service: frontend.service.stable_id,
                 tally: endpoint.tally,
                 masquerade: *masquerade,
+                by_hash: by == ChosenBy::Maglev,
                 affinity_timeout_s: frontend.service.affinity_timeout_s.unwrap_or(0),
             });
         }
@@ -140,6 +151,13 @@ fn choose(
         return (index, ChosenBy::Affinity);
     }
     let spread = &backends.spread;
+    let by_hash = || spread.by_hash(packet.tuple.stable_hash(cx.tables.settings.lb_key));
+    if !has_affinity
+        && (spread.algorithm() == Algorithm::Maglev
+            || overflow::must_go_by_hash(packet, &backends.endpoints[by_hash()], cx))
+    {
+        return (by_hash(), ChosenBy::Maglev);
+    }
     let mut random = || cx.rng.next();
     match spread.algorithm() {
         Algorithm::LeastConnections => {
@@ -149,10 +167,7 @@ fn choose(
             };
             (spread.by_load(random, load), ChosenBy::LeastConnections)
         }
-        // A client that is forgotten gets another endpoint, as the API promises: its hash would give it the same one.
-        Algorithm::Maglev if !has_affinity => {
-            (spread.by_hash(packet.tuple.stable_hash(cx.tables.settings.lb_key)), ChosenBy::Maglev)
-        }
+        // A client that session affinity forgot gets another endpoint: its hash would give it the same one.
         Algorithm::Maglev | Algorithm::Random => (spread.at_random(&mut random), ChosenBy::Random),
     }
 }

@@ -13,7 +13,7 @@ use forwarder::control::state::{Operation, State};
 use forwarder::packet::Packet;
 use forwarder::pipeline::{self, AnswerBudget, Context, Rng};
 use forwarder::stage::flow::Phase;
-use forwarder::stats::Counters;
+use forwarder::stats::{Counter, Counters};
 use forwarder::table::flow_map::{FlowMap, FlowMapConfig, FlowWorker};
 use forwarder::table::lpm::Lpm;
 use forwarder::table::spread::Spread;
@@ -244,6 +244,40 @@ impl Gateway {
 
     pub fn flows(&self) -> usize {
         self.flows.len()
+    }
+
+    pub fn embryonic_flows(&self) -> usize {
+        self.flows.embryonic_len()
+    }
+
+    pub fn count(&self, counter: Counter) -> u64 {
+        self.counters.get(counter)
+    }
+
+    pub fn reason(&self, reason: Reason) -> u64 {
+        self.counters.reason(reason)
+    }
+
+    /// What would become of a packet, step by step; nothing is changed by it.
+    pub fn trace(&mut self, port: u8, bytes: &[u8]) -> Vec<String> {
+        let mut burst = self.burst(port, &[bytes.to_vec()]);
+        let mut steps = Vec::new();
+        let mut cx = Context {
+            tables: &self.tables,
+            fib: &self.fib,
+            flows: &self.flows,
+            flow_worker: &mut self.flow_worker,
+            affinity: &self.affinity,
+            affinity_worker: &mut self.affinity_worker,
+            now_s: self.now_s,
+            rng: &mut Rng::new(1),
+            answers: &mut AnswerBudget::new(1),
+            counters: &Counters::default(),
+            read_only: true,
+        };
+        pipeline::run(&mut burst, &mut cx, &mut steps);
+        burst.into_iter().for_each(|packet| self.pool.push(packet.frame));
+        steps.iter().map(ToString::to_string).collect()
     }
 
     /// Lets `seconds` go by without a packet: what is over its time goes.

@@ -62,6 +62,14 @@ pub enum Outcome<'c> {
     Drop(Reason),
 }
 
+/// True if clients outside keep their address on the way to an endpoint, so that the VIP is all that its answers need.
+pub fn keeps_client(kind: FrontendKind, service: &ServiceFacts, policy: Policy) -> bool {
+    let comes_back = policy.local == LocalPolicy::Literal || policy.return_path == ReturnPath::Routed;
+    matches!(kind, FrontendKind::LoadBalancer | FrontendKind::ExternalIp)
+        && service.external_local
+        && comes_back
+}
+
 /// Decides for one frontend of a Service and one origin of packets.
 ///
 /// For a ClusterIP and clients outside this is what happens where a port exposes ClusterIPs; elsewhere the pipeline
@@ -263,6 +271,13 @@ mod tests {
             match (got.outcome, expected) {
                 (Outcome::Dnat { chosen, masquerade }, Some(expected)) => {
                     assert_eq!((&*chosen.indexes, masquerade), expected, "{kind:?} {origin:?}: {}", got.rule);
+                    let keeps =
+                        keeps_client(kind, &service(internal, external), policy(gateway.0, gateway.1));
+                    if matches!(kind, LoadBalancer | ExternalIp) && origin == Outside {
+                        assert_eq!(keeps, !masquerade);
+                    } else if matches!(kind, ClusterIp | NodePort) {
+                        assert!(!keeps, "these need an entry for every connection");
+                    }
                 }
                 (Outcome::Drop(Reason::FrontendOff), None) => {
                     assert!(got.rule.contains("return = \"routed\""))

@@ -17,6 +17,7 @@ pub mod describe;
 pub mod dns;
 pub mod health;
 pub mod identities;
+mod overflow;
 pub mod rows;
 pub mod service;
 pub mod steer;
@@ -40,6 +41,7 @@ use crate::table::flow_map::FlowMap;
 use crate::tables::{EndpointKey, PortSettings, Settings, Tables, Vip};
 use cleanup::UdpCleanup;
 use health::HealthTables;
+use overflow::{Leads, Unmasqueraded};
 use service::Compiled;
 use tallies::Tallies;
 
@@ -55,6 +57,7 @@ pub struct Compiler {
     /// Weights of Pods that have one of their own, by `namespace/name`.
     pod_weights: HashMap<String, u16>,
     tallies: Tallies,
+    leads: Leads,
     next_id: u32,
     tables: Tables,
     health: Arc<HealthTables>,
@@ -98,6 +101,7 @@ impl Compiler {
             services: BTreeMap::new(),
             pod_weights: HashMap::new(),
             tallies: Tallies::default(),
+            leads: Leads::default(),
             next_id: 1,
             tables,
             health: Arc::default(),
@@ -190,6 +194,11 @@ impl Compiler {
             }
             compiled.push((reference, new));
         }
+        let old = affected.iter().filter_map(|reference| self.services.get(reference));
+        let old: Vec<Unmasqueraded> = old.flat_map(|old| old.unmasqueraded.iter().cloned()).collect();
+        let new = compiled.iter().filter_map(|(_, new)| new.as_ref());
+        let new: Vec<Unmasqueraded> = new.flat_map(|new| new.unmasqueraded.iter().cloned()).collect();
+        self.leads.change(&old, &new, &mut self.tables.sole_vips);
         // All old ones go before any new one comes, since an address may move from one Service to another.
         for (reference, new) in &compiled {
             let old = self.services.remove(*reference).unwrap_or_default();

@@ -10,8 +10,9 @@ use ipnet::IpNet;
 
 use super::Compiler;
 use super::endpoints::{EndpointInfo, PortKey, merge};
-use super::frontends::{Outcome, Policy, Ruling, rule};
+use super::frontends::{Outcome, Policy, Ruling, keeps_client, rule};
 use super::health::ServiceHealth;
+use super::overflow::Unmasqueraded;
 use super::topology::{Categories, Place, categorize};
 use crate::addr::{Addr, protocol};
 use crate::control::facts::{AddressKind, PortFacts, ServiceAddress, ServiceFacts};
@@ -40,6 +41,8 @@ pub struct Compiled {
     ids: Vec<(u64, u32)>,
     /// Every endpoint of its ports, used or not.
     pub endpoints: BTreeSet<EndpointKey>,
+    /// Frontends whose connections may go on without a flow.
+    pub unmasqueraded: Vec<Unmasqueraded>,
 }
 
 /// One port of a Service for one family, with its endpoints sorted into lists.
@@ -137,6 +140,9 @@ impl Compiler {
                 source_ranges: self.source_ranges(facts, claimed.kind, claimed.key.addr),
             };
             compiled.frontends.push((claimed.key, Arc::new(frontend)));
+            if keeps_client(claimed.kind, facts, policy) && facts.affinity_timeout_s.is_none() {
+                compiled.unmasqueraded.push((claimed.key, Arc::new(family.keys().collect())));
+            }
             if claimed.key.protocol == protocol::UDP {
                 let serving = family.endpoints.iter().filter(|info| info.serving);
                 let serving = serving.map(|info| (info.endpoint.addr, info.endpoint.port)).collect();

@@ -90,6 +90,9 @@ fn dump(tables: &Tables) -> BTreeMap<String, String> {
         );
         all.insert(format!("{key:?}"), text);
     }
+    for (endpoint, vip) in tables.sole_vips.iter() {
+        all.insert(format!("{endpoint:?}"), format!("sole {vip:?}"));
+    }
     for (addr, vip) in tables.vips.iter() {
         all.insert(format!("vip {addr}"), format!("{vip:?}"));
     }

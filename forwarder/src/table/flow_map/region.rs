@@ -4,7 +4,7 @@
 //! offset 0      header page: magic, layout version, sizes, hash key, checksum
 //!        4096   buckets      64 B each, half a bucket a connection: 32 B a connection
 //!        ...    records      64 B a connection
-//!        ...    marks        8 B a connection
+//!        ...    marks        16 B a connection
 //!        ...    extensions   64 B a connection, touched by flows that are not IPv4 only
 //! ```
 //!
@@ -26,8 +26,9 @@ pub(super) const LAYOUT_VERSION: u64 = 2;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"towpathF");
 const PAGE: usize = 4096;
-/// With as many marked connections as there are flows, a connection that is not marked looks so in one of five cases.
-const MARKS_PER_RECORD: usize = 4;
+/// With as many marked connections as there are flows, one in nine of those that are not marked looks so; with four times as many, two
+/// in five.
+const MARKS_PER_RECORD: usize = 8;
 const HEADER_WORDS: usize = 8;
 
 /// The first words of the region, in this order, then a checksum.
