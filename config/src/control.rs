@@ -707,6 +707,9 @@ pub struct ServiceDescription {
     /// How new connections are spread: `maglev`, `random` or `least-connections`.
     #[serde(default)]
     pub lb_algorithm: String,
+    /// What becomes of the connections of an endpoint that goes: `leave`, or when they are reset.
+    #[serde(default)]
+    pub on_endpoint_removed: String,
     /// Why the Service is not served at all, if it is not: headless, ExternalName, another proxy's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped: Option<String>,

@@ -96,6 +96,10 @@ pub struct GatewaySection {
     /// How new connections are spread over endpoints, where no annotation `towpath.dev/lb-algorithm` of the Service says otherwise.
     #[serde(default)]
     pub lb_algorithm: Algorithm,
+    /// What becomes of the connections of an endpoint that is gone, where no annotation `towpath.dev/on-endpoint-removed` of the
+    /// Service says otherwise.
+    #[serde(default)]
+    pub on_endpoint_removed: OnEndpointRemoved,
 }
 
 fn default_lb_key() -> String {
@@ -138,6 +142,23 @@ impl Algorithm {
     pub const fn name(self) -> &'static str {
         Algorithm::WORDS[self as usize].0
     }
+}
+
+/// What becomes of the connections of an endpoint that is gone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnEndpointRemoved {
+    /// Nothing, as with kube-proxy: both ends find out by themselves.
+    #[default]
+    Leave,
+    /// TCP connections are reset, at both ends; others are forgotten.
+    Reset,
+}
+
+impl OnEndpointRemoved {
+    /// Both, with their words in the gateway file and in annotations.
+    pub const WORDS: [(&'static str, OnEndpointRemoved); 2] =
+        [("leave", OnEndpointRemoved::Leave), ("reset", OnEndpointRemoved::Reset)];
 }
 
 /// What `externalTrafficPolicy: Local` means on a gateway.

@@ -88,6 +88,7 @@ pub fn describe(description: &ServiceDescription, paint: Paint) -> String {
     line("Ports", &row.ports.join(","));
     line("Session Affinity", &description.session_affinity);
     line("Algorithm", &description.lb_algorithm);
+    line("On Endpoint Removed", &description.on_endpoint_removed);
     line("Internal Traffic Policy", &description.internal_traffic_policy);
     line("External Traffic Policy", &description.external_traffic_policy);
     if !description.traffic_distribution.is_empty() {
@@ -287,6 +288,7 @@ mod tests {
             external_traffic_policy: "Cluster".into(),
             session_affinity: "None".into(),
             lb_algorithm: "maglev".into(),
+            on_endpoint_removed: "leave".into(),
             frontends: vec![FrontendDescription {
                 address: "203.0.113.10".into(),
                 port: 8080,
@@ -328,6 +330,7 @@ mod tests {
         Ports:                    8080:31704/TCP,443:32453/TCP
         Session Affinity:         None
         Algorithm:                maglev
+        On Endpoint Removed:      leave
         Internal Traffic Policy:  Cluster
         External Traffic Policy:  Cluster
         Resource Version:         4711

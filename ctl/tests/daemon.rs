@@ -260,6 +260,7 @@ fn a_service_is_described_with_rules_and_uses() {
     Ports:                    443:30443/TCP
     Session Affinity:         None
     Algorithm:                maglev
+    On Endpoint Removed:      leave
     Internal Traffic Policy:  Cluster
     External Traffic Policy:  Local
     Resource Version:         5120

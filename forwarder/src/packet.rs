@@ -97,6 +97,8 @@ pub enum Rewrite {
         /// Tuple of the quoted packet as the receiver knows it.
         quoted_to: Tuple,
     },
+    /// The packet becomes a TCP RST that goes on where the packet would have gone, as [`Packet::out`].
+    Reset,
     /// The frame is replaced by an answer of ours.
     Answer(Answer),
 }

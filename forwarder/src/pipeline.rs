@@ -6,8 +6,8 @@
 
 use af_xdp::Frame;
 
-use crate::packet::Packet;
-use crate::stage::{flow, icmp_error, nat, parse, rewrite, route, service};
+use crate::packet::{Packet, Rewrite};
+use crate::stage::{flow, icmp_error, nat, parse, reset, rewrite, route, service};
 use crate::stats::{Counter, Counters};
 use crate::table::flow_map::{FlowMap, FlowWorker};
 use crate::tables::{Fib, Tables};
@@ -110,8 +110,14 @@ impl AnswerBudget {
 
 fn limit_answers(burst: &mut [Packet], cx: &mut Context<'_>) {
     for packet in burst {
-        if matches!(packet.verdict, Verdict::Answer { .. }) && !cx.answers.take(cx.now_s) {
+        if packet.rewrite == Rewrite::Reset {
+            reset::decide(packet);
+        }
+        let Verdict::Answer { reason, .. } = packet.verdict else { continue };
+        if !cx.answers.take(cx.now_s) {
             packet.drop(Reason::AnswerLimit);
+        } else if reason == Reason::EndpointRemoved {
+            reset::note(packet, cx);
         }
     }
 }

@@ -30,6 +30,8 @@ pub enum Step {
     },
     /// No flow has this tuple.
     FlowMiss,
+    /// The flow is to end: its endpoint is gone, and its Service resets such connections.
+    Resetting,
     /// An ICMP error quotes a packet of a flow.
     QuotedFlow(Tuple),
     /// The destination is a frontend of a Service.
@@ -140,7 +142,7 @@ impl Step {
         match self {
             Step::Parsed(_) => "parse",
             Step::Origin(_) => "classify",
-            Step::FlowHit { .. } | Step::FlowMiss | Step::QuotedFlow(_) => "flow",
+            Step::FlowHit { .. } | Step::FlowMiss | Step::Resetting | Step::QuotedFlow(_) => "flow",
             Step::Frontend { .. }
             | Step::SourceRange(_)
             | Step::List { .. }
@@ -170,6 +172,7 @@ impl fmt::Display for Step {
                 };
                 write!(f, "{direction}, created under generation {generation}: becomes {out}")
             }
+            Step::Resetting => write!(f, "its endpoint is gone, and its Service resets such connections"),
             Step::FlowMiss => write!(f, "no connection has this tuple"),
             Step::QuotedFlow(tuple) => write!(f, "ICMP error about {tuple} of a known connection"),
             Step::Frontend { service, kind } => {

@@ -51,6 +51,8 @@ fn algorithms_have_one_word_in_the_file_and_in_annotations() {
     }
     let unknown = "lb_algorithm = \"round-robin\"\nreturn";
     refuses("return", unknown, 5, "gateway.lb_algorithm", "least-connections");
+    let unknown = "on_endpoint_removed = \"ignore\"\nreturn";
+    refuses("return", unknown, 5, "gateway.on_endpoint_removed", "leave");
 }
 
 #[test]

@@ -5,7 +5,8 @@
 //! untouched. Then its client waits until every worker has the generation in force, at most a second, while the thread
 //! goes on with other changes. Changes that come within a millisecond share one generation.
 //!
-//! When the newest generation is in force everywhere, what only older ones needed goes: steering entries and stale UDP flows.
+//! When the newest generation is in force everywhere, what only older ones needed goes: steering entries, and flows whose endpoint
+//! is gone ([`cleanup`](super::cleanup)).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,10 +16,10 @@ use config::fault::{Code, Fault, Source};
 use config::object::Object;
 use crossbeam::channel::{Receiver, RecvTimeoutError};
 
-use super::compile::cleanup::UdpCleanup;
+use super::cleanup::Cleanup;
 use super::compile::{Compilation, identities};
 use super::health::update::Update;
-use super::health::{Event, Watch, monotonic_ns, wall_clock};
+use super::health::{Event, Watch, monotonic_ns, monotonic_s, wall_clock};
 use super::persist::{PersistError, SnapshotJob, StateDir};
 use super::publish::look_again_after;
 use super::restore;
@@ -41,9 +42,6 @@ const TICK: Duration = Duration::from_millis(25);
 
 /// How often the counters of the steering program are fetched from the keeper.
 const COUNT_EVERY: Duration = Duration::from_millis(500);
-
-/// Flow records looked at between two looks for changes while stale flows are searched.
-const CLEANUP_STEP: u32 = 4096;
 
 /// Most bytes of names in an answer to a commit, so that the answer fits a line of the protocol.
 const CHANGES_BYTES: usize = 1 << 20;
@@ -108,9 +106,7 @@ pub struct Committer {
     waiters: Vec<Waiter>,
     /// Steering entries and flows of older generations are still to be removed.
     is_settled: bool,
-    cleanup: UdpCleanup,
-    /// The next flow record to look at, while stale flows are searched.
-    cleanup_cursor: Option<u32>,
+    cleanup: Cleanup,
     snapshot: Option<std::thread::JoinHandle<Result<u64, PersistError>>>,
     watch: Watch,
     looked: Instant,
@@ -142,8 +138,7 @@ impl Committer {
             published: Instant::now(),
             waiters: Vec::new(),
             is_settled: true,
-            cleanup: UdpCleanup::default(),
-            cleanup_cursor: None,
+            cleanup: Cleanup::default(),
             snapshot: None,
             watch: Watch::default(),
             looked: Instant::now(),
@@ -201,7 +196,7 @@ impl Committer {
 
     /// How long the thread may sleep if no change comes.
     fn patience(&self) -> Duration {
-        if self.cleanup_cursor.is_some() {
+        if self.cleanup.is_walking() {
             return Duration::ZERO;
         }
         match self.waiters.first() {
@@ -372,7 +367,7 @@ impl Committer {
         self.shared.health.set_tables(world.compiler.health());
         self.published = Instant::now();
         self.is_settled = false;
-        self.cleanup.merge(compilation.udp_cleanup);
+        self.cleanup.merge(compilation.udp_cleanup, compilation.lifetimes, monotonic_s());
         self.shared.publisher.reap();
     }
 
@@ -445,30 +440,16 @@ impl Committer {
         self.is_settled = true;
         let wanted = self.wanted_in_maps.clone();
         self.steer_to(&wanted);
-        if !self.cleanup.is_empty() {
-            self.cleanup_cursor = Some(0);
-        }
         self.shared.publisher.reap();
     }
 
-    /// Looks at the next flows and takes those out of use whose UDP endpoint is gone.
+    /// Looks at the next flows and ends those whose endpoint is gone, as far as that is due.
     fn clean_up(&mut self) {
-        let Some(cursor) = self.cleanup_cursor else { return };
-        let flows = &self.shared.flows;
-        let end = cursor.saturating_add(CLEANUP_STEP).min(flows.capacity() as u32);
-        for flow in (cursor..end).filter_map(|index| flows.snapshot(index)) {
-            if self.cleanup.is_stale(&flow.original, flow.endpoint_addr, flow.endpoint_port) {
-                flows.remove_from_control(flow.id);
-            }
+        let now_s = monotonic_s();
+        if self.is_settled && !self.cleanup.is_walking() {
+            self.cleanup.begin(now_s);
         }
-        self.cleanup_cursor = Some(end);
-        if end == flows.capacity() as u32 {
-            self.cleanup_cursor = None;
-            // Unless a newer generation added to it, which settles later and starts again.
-            if self.is_settled {
-                self.cleanup = UdpCleanup::default();
-            }
-        }
+        self.cleanup.step(&self.shared.flows, now_s);
     }
 
     /// What is done every [`TICK`].

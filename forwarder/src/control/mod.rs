@@ -31,6 +31,7 @@ pub mod validate;
 
 pub mod compile;
 
+pub mod cleanup;
 pub mod commit;
 pub mod persist;
 pub mod publish;

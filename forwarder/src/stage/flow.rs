@@ -7,6 +7,7 @@ use config::gateway::FlowsSection;
 use crate::addr::{Addr, protocol};
 use crate::packet::{Layer4, Packet, Rewrite};
 use crate::pipeline::Context;
+use crate::stage::reset;
 use crate::table::flow_map::{Direction, FlowRef, Hit};
 use crate::tables::{Fib, Route, Tables};
 use crate::trace::{Step, Trace};
@@ -33,11 +34,13 @@ pub enum Phase {
     Sctp = 6,
     /// A client remembered by session affinity; its time is its own.
     Affinity = 7,
+    /// TCP that is to end because its endpoint is gone: see [`reset`]. Idle time as closing.
+    TcpReset = 8,
 }
 
 impl Phase {
     /// All phases, in the order of their numbers.
-    pub const ALL: [Phase; 8] = [
+    pub const ALL: [Phase; 9] = [
         Phase::TcpOpening,
         Phase::TcpEstablished,
         Phase::TcpClosing,
@@ -46,6 +49,7 @@ impl Phase {
         Phase::Icmp,
         Phase::Sctp,
         Phase::Affinity,
+        Phase::TcpReset,
     ];
 
     /// Phases that count as embryonic: a flood of them must not take the room of established flows.
@@ -74,6 +78,7 @@ impl Phase {
             5 => "query",
             6 => "sctp",
             7 => "affinity",
+            8 => "reset",
             _ => "?",
         }
     }
@@ -115,11 +120,16 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
                 trace.step(index, || Step::FlowMiss);
                 continue;
             }
-            follow(packet.layer4, direction, &flow);
+            if !reset::is_resetting(flow.phase()) {
+                follow(packet.layer4, direction, &flow);
+            }
             flow.touch(cx.now_s);
         }
         belongs_to(packet, &hit);
         trace.step(index, || Step::FlowHit { direction, out: packet.out, generation: flow.generation() });
+        if reset::is_resetting(flow.phase()) {
+            reset::judge(packet, index, &hit, trace);
+        }
     }
 }
 
@@ -174,7 +184,7 @@ fn is_new_connection(layer4: Layer4, direction: Direction, flow: &FlowRef<'_>) -
     let Layer4::Tcp { flags } = layer4 else { return false };
     flags & (tcp::SYN | tcp::ACK) == tcp::SYN
         && direction == Direction::Original
-        && flow.phase() == Phase::TcpClosing as u8
+        && [Phase::TcpClosing as u8, Phase::TcpReset as u8].contains(&flow.phase())
 }
 
 /// Follows the state of a flow. No sequence numbers are tracked: a forged RST or FIN only shortens the idle time, and the next
@@ -184,7 +194,7 @@ fn follow(layer4: Layer4, direction: Direction, flow: &FlowRef<'_>) {
     match layer4 {
         Layer4::Tcp { flags } => follow_tcp(flags, direction, flow),
         Layer4::Udp if direction == Direction::Reply && flow.phase() == Phase::UdpOneWay as u8 => {
-            flow.set_phase(Phase::Udp as u8);
+            flow.change_phase(Phase::UdpOneWay as u8, Phase::Udp as u8);
         }
         _ => {}
     }
@@ -194,7 +204,7 @@ fn follow_tcp(flags: u8, direction: Direction, flow: &FlowRef<'_>) {
     let phase = flow.phase();
     if flags & tcp::RST != 0 {
         if phase != Phase::TcpClosing as u8 {
-            flow.set_phase(Phase::TcpClosing as u8);
+            flow.change_phase(phase, Phase::TcpClosing as u8);
         }
         return;
     }
@@ -222,7 +232,7 @@ fn follow_tcp(flags: u8, direction: Direction, flow: &FlowRef<'_>) {
         Phase::TcpEstablished
     };
     if next as u8 != phase {
-        flow.set_phase(next as u8);
+        flow.change_phase(phase, next as u8);
     }
 }
 
@@ -237,6 +247,7 @@ pub fn timeouts_s(flows: &FlowsSection) -> [u32; 16] {
         (Phase::Udp, flows.udp_s),
         (Phase::Icmp, flows.icmp_s),
         (Phase::Sctp, flows.tcp_established_s),
+        (Phase::TcpReset, flows.tcp_transitory_s),
     ] {
         timeouts_s[phase as usize] = timeout_s;
     }

@@ -1,5 +1,7 @@
 //! The stages of the pipeline, in packet order. Each loops over the burst, writes packet metadata, and calls no other stage, clock,
 //! lock, log or allocator. Frames are changed by the last one only, so that a packet can be judged again at any time.
+//!
+//! [`overflow`] and [`reset`] are no stages: they hold what several stages do about one kind of connection.
 
 pub mod parse;
 pub mod flow;
@@ -7,5 +9,7 @@ pub mod icmp_error;
 pub mod service;
 pub mod route;
 pub mod nat;
-pub mod overflow;
 pub mod rewrite;
+
+pub mod overflow;
+pub mod reset;

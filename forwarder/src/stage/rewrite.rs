@@ -6,7 +6,7 @@
 use af_xdp::{Frame, HEAD_LEN};
 use zerocopy::FromBytes;
 
-use crate::addr::{Addr, protocol};
+use crate::addr::{Addr, Tuple, protocol};
 use crate::packet::{Answer, Layer4, Packet, Part, Rewrite};
 use crate::stage::icmp_error;
 use crate::tables::Fib;
@@ -25,6 +25,7 @@ const MAX_ERROR_V4: usize = 576;
 pub fn apply(packet: &mut Packet, tails: &[Frame], fib: &Fib) -> bool {
     match packet.rewrite {
         Rewrite::Answer(answer) => return write_answer(packet, answer, fib),
+        Rewrite::Reset => return write_reset_onwards(packet),
         Rewrite::Route => {}
         Rewrite::Translate => translate(packet),
         Rewrite::IcmpError { .. } => translate_error(packet),
@@ -301,10 +302,8 @@ fn write_echo_reply(packet: &mut Packet) -> bool {
 /// RFC 9293 section 3.10.7.1: the RST that a closed port sends.
 fn write_reset(packet: &mut Packet) -> bool {
     let l4 = usize::from(packet.l4);
-    let (src, dst) = (packet.tuple.dst, packet.tuple.src);
     let l4_len = packet.layer4_len();
     let Ok((header, _)) = tcp::Header::ref_from_prefix(&packet.frame.data()[l4..]) else { return false };
-    let header = *header;
     let control = u32::from(header.flags & (tcp::SYN | tcp::FIN) != 0);
     let segment_len = (l4_len - header.header_len()) as u32 + control;
     let (seq, ack, flags) = if header.flags & tcp::ACK != 0 {
@@ -312,19 +311,39 @@ fn write_reset(packet: &mut Packet) -> bool {
     } else {
         (0, header.seq.get().wrapping_add(segment_len), tcp::RST | tcp::ACK)
     };
-    let mut reset = [0u8; tcp::HEADER_LEN];
-    reset[0..2].copy_from_slice(&packet.tuple.dst_port.to_be_bytes());
-    reset[2..4].copy_from_slice(&packet.tuple.src_port.to_be_bytes());
-    reset[4..8].copy_from_slice(&seq.to_be_bytes());
-    reset[8..12].copy_from_slice(&ack.to_be_bytes());
-    reset[12] = (tcp::HEADER_LEN as u8 / 4) << 4;
-    reset[13] = flags;
-    let sum = !checksum::fold(
-        checksum::sum(&reset) + checksum::pseudo_sum(src, dst, protocol::TCP, tcp::HEADER_LEN),
-    );
-    put_word(&mut reset, tcp::CHECKSUM_OFFSET, sum);
-    let Some(l4) = write_ip_header(packet, src, dst, protocol::TCP, tcp::HEADER_LEN) else { return false };
-    packet.frame.data_mut()[l4..l4 + tcp::HEADER_LEN].copy_from_slice(&reset);
+    write_tcp_header(packet, packet.tuple.reversed(), seq, ack, flags)
+}
+
+/// A RST to where the packet was going, in place of its first byte: what the receiver waits for, if nothing was lost before.
+fn write_reset_onwards(packet: &mut Packet) -> bool {
+    let l4 = usize::from(packet.l4);
+    let Ok((header, _)) = tcp::Header::ref_from_prefix(&packet.frame.data()[l4..]) else { return false };
+    let (seq, ack, flags) = (header.seq.get(), header.ack.get(), header.flags & tcp::ACK | tcp::RST);
+    packet.tail_len = 0;
+    let written = write_tcp_header(packet, packet.out, seq, ack, flags);
+    if written {
+        let (destination, source) = packet.macs;
+        ethernet::set_addresses(packet.frame.data_mut(), destination, source);
+    }
+    written
+}
+
+/// Replaces the packet by a TCP header without options, with `tuple`.
+fn write_tcp_header(packet: &mut Packet, tuple: Tuple, seq: u32, ack: u32, flags: u8) -> bool {
+    let mut header = [0u8; tcp::HEADER_LEN];
+    header[0..2].copy_from_slice(&tuple.src_port.to_be_bytes());
+    header[2..4].copy_from_slice(&tuple.dst_port.to_be_bytes());
+    header[4..8].copy_from_slice(&seq.to_be_bytes());
+    header[8..12].copy_from_slice(&ack.to_be_bytes());
+    header[12] = (tcp::HEADER_LEN as u8 / 4) << 4;
+    header[13] = flags;
+    let pseudo = checksum::pseudo_sum(tuple.src, tuple.dst, protocol::TCP, tcp::HEADER_LEN);
+    let sum = !checksum::fold(checksum::sum(&header) + pseudo);
+    put_word(&mut header, tcp::CHECKSUM_OFFSET, sum);
+    let Some(l4) = write_ip_header(packet, tuple.src, tuple.dst, protocol::TCP, tcp::HEADER_LEN) else {
+        return false;
+    };
+    packet.frame.data_mut()[l4..l4 + tcp::HEADER_LEN].copy_from_slice(&header);
     true
 }
 

@@ -258,6 +258,23 @@ impl Gateway {
         self.counters.reason(reason)
     }
 
+    /// What the commit thread does to flows whose endpoint is gone.
+    pub fn reset_flows(&mut self) {
+        for flow in (0..self.flows.capacity() as u32).filter_map(|index| self.flows.snapshot(index)) {
+            assert!(self.flows.set_phase_from_control(flow.id, Phase::TcpReset as u8));
+        }
+    }
+
+    /// The next hop of a port does not answer.
+    pub fn lose_next_hop(&mut self, port: u8) {
+        self.fib.next_hops.iter_mut().filter(|hop| hop.port == port).for_each(|hop| hop.mac = None);
+    }
+
+    /// Answers that may be sent in each second.
+    pub fn limit_answers(&mut self, per_second: u32) {
+        self.answers = AnswerBudget::new(per_second);
+    }
+
     /// What would become of a packet, step by step; nothing is changed by it.
     pub fn trace(&mut self, port: u8, bytes: &[u8]) -> Vec<String> {
         let mut burst = self.burst(port, &[bytes.to_vec()]);
@@ -446,7 +463,21 @@ fn with_checksum(src: Addr, dst: Addr, mut transport: TransportHeader, payload: 
 }
 
 pub fn tcp(src: Addr, src_port: u16, dst: Addr, dst_port: u16, flags: u8, payload: &[u8]) -> Vec<u8> {
-    let mut header = etherparse::TcpHeader::new(src_port, dst_port, 1000, 64240);
+    tcp_at(src, src_port, dst, dst_port, (1000, 0), flags, payload)
+}
+
+/// The same with a sequence number and an acknowledgment number.
+pub fn tcp_at(
+    src: Addr,
+    src_port: u16,
+    dst: Addr,
+    dst_port: u16,
+    (seq, ack): (u32, u32),
+    flags: u8,
+    payload: &[u8],
+) -> Vec<u8> {
+    let mut header = etherparse::TcpHeader::new(src_port, dst_port, seq, 64240);
+    header.acknowledgment_number = ack;
     header.fin = flags & 0x01 != 0;
     header.syn = flags & 0x02 != 0;
     header.rst = flags & 0x04 != 0;
@@ -548,6 +579,16 @@ pub fn ports(packet: &[u8]) -> (u16, u16) {
         Some(TransportHeader::Udp(udp)) => (udp.source_port, udp.destination_port),
         Some(TransportHeader::Tcp(tcp)) => (tcp.source_port, tcp.destination_port),
         _ => panic!("no ports"),
+    }
+}
+
+/// Sequence number, acknowledgment number and payload length of a TCP packet.
+pub fn sequence(packet: &[u8]) -> (u32, u32, usize) {
+    let headers = PacketHeaders::from_ethernet_slice(packet).unwrap();
+    let payload = headers.payload.slice().len();
+    match headers.transport {
+        Some(TransportHeader::Tcp(tcp)) => (tcp.sequence_number, tcp.acknowledgment_number, payload),
+        _ => panic!("no TCP"),
     }
 }
 

@@ -538,6 +538,51 @@ fn udp_flows_to_an_endpoint_that_is_gone_are_forgotten_and_others_stay() {
     assert_eq!(talk.ask("{\"count_flows\":{}}"), Reply::FlowCount { count: 0 });
 }
 
+/// Rule 9.7.
+#[test]
+fn flows_of_an_endpoint_that_is_gone_are_reset_where_the_service_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(dir.path());
+    let mut talk = rig.connect();
+    let annotated = |name: &str, ip: &str, annotation: &str| {
+        let named = format!("\"name\":\"{name}\",\"namespace\"");
+        let with =
+            format!("\"name\":\"{name}\",\"annotations\":{{\"towpath.dev/{annotation}}},\"namespace\"");
+        service(name, ip).replacen(&named, &with, 1)
+    };
+    let services = [
+        annotated("reset", "10.96.0.1", "on-endpoint-removed\":\"reset\""),
+        annotated("drain", "10.96.0.2", "drain-seconds\":\"1\""),
+        service("leave", "10.96.0.3"),
+    ];
+    let slices = |address| ["reset", "drain", "leave"].map(|name| slice(name, address));
+    talk.apply(&[&services[..], &slices("10.244.1.7")].concat());
+    let mut worker = rig.flows.worker(0);
+    let addr = |text: &str| Addr::from(text.parse::<IpAddr>().unwrap());
+    for (index, vip) in ["10.96.0.1", "10.96.0.2", "10.96.0.3"].into_iter().enumerate() {
+        let key = FrontendKey { addr: addr(vip), port: 80, protocol: protocol::TCP };
+        let service = rig.publisher.tables().frontends.get(&key).unwrap().service.stable_id;
+        let (src, src_port) = (addr("198.51.100.1"), 4000 + index as u16);
+        let original = Tuple { src, dst: key.addr, src_port, dst_port: 80, protocol: protocol::TCP };
+        let reply = Tuple { src: addr("10.244.1.7"), src_port: 8080, ..original.reversed() };
+        let phase = Phase::TcpEstablished as u8;
+        let flow = NewFlow { original, reply: Some(reply), phase, service, ..NewFlow::default() };
+        rig.flows.insert(&mut worker, &flow, monotonic_s()).unwrap();
+    }
+    let state_of = |vip: &str| {
+        let mut flows = (0..rig.flows.capacity() as u32).filter_map(|index| rig.flows.snapshot(index));
+        Phase::name(flows.find(|flow| flow.original.dst == addr(vip)).unwrap().phase)
+    };
+    // What does not touch the endpoint resets nothing.
+    talk.apply(&[slice("other", "10.244.1.9")]);
+    talk.apply(&slices("10.244.1.8"));
+    let start = Instant::now();
+    assert!(rig.eventually(|| state_of("10.96.0.1") == "reset"));
+    assert!(rig.eventually(|| state_of("10.96.0.2") == "reset"));
+    println!("a drain of 1 s ended after {:?}", start.elapsed());
+    assert_eq!(state_of("10.96.0.3"), "established");
+}
+
 #[test]
 fn questions_are_answered() {
     let dir = tempfile::tempdir().unwrap();

@@ -11,6 +11,7 @@ use config::gateway::LocalPolicy;
 use super::Compiler;
 use super::endpoints::EndpointInfo;
 use super::frontends::{Outcome, Policy, Ruling, rule};
+use super::lifetime::Removal;
 use super::rows::endpoint_rows;
 use super::service::{Claimed, FamilyPort};
 use super::topology::{Chosen, Place, TopologyMode, is_near};
@@ -61,6 +62,7 @@ impl Compiler {
             },
             traffic_distribution: distribution.to_owned(),
             lb_algorithm: self.algorithm(facts).name().to_owned(),
+            on_endpoint_removed: Removal::of(facts, &self.gateway).describe(),
             skipped: facts.skip.map(|skip| skip.reason().to_owned()),
             ..ServiceDescription::default()
         };

@@ -17,6 +17,7 @@ pub mod describe;
 pub mod dns;
 pub mod health;
 pub mod identities;
+pub mod lifetime;
 mod overflow;
 pub mod rows;
 pub mod service;
@@ -41,6 +42,7 @@ use crate::table::flow_map::FlowMap;
 use crate::tables::{EndpointKey, PortSettings, Settings, Tables, Vip};
 use cleanup::UdpCleanup;
 use health::HealthTables;
+use lifetime::Lifetime;
 use overflow::{Leads, Unmasqueraded};
 use service::Compiled;
 use tallies::Tallies;
@@ -82,6 +84,9 @@ pub struct Compilation {
     pub tables: Arc<Tables>,
     /// UDP flows to forget once the tables are in force.
     pub udp_cleanup: UdpCleanup,
+    /// Which endpoints keep their connections, by stable id of the service port, for the Services that were touched; `None` for a
+    /// port that is gone.
+    pub lifetimes: Vec<(u64, Option<Lifetime>)>,
     /// The set of [`Compiler::steer_set`] may differ from the one before.
     pub steering_changed: bool,
     /// The routes of [`identities::pod_routes`] may differ from those before.
@@ -157,11 +162,12 @@ impl Compiler {
         let weighed = self.follow_pod_weights(touched);
         let mut affected = if all { self.every_service(state) } else { affected(touched) };
         affected.extend(services_of_pods(state, &weighed));
-        let (udp_cleanup, keys_changed) = self.recompile(state, &affected);
+        let (udp_cleanup, lifetimes, keys_changed) = self.recompile(state, &affected);
         self.tables.generation = generation;
         Compilation {
             tables: Arc::new(self.tables.clone()),
             udp_cleanup,
+            lifetimes,
             steering_changed: keys_changed
                 || identities_changed
                 || own_changed
@@ -181,9 +187,13 @@ impl Compiler {
         self.compile(state, &touched, generation)
     }
 
-    /// Takes the old frontends of the affected Services out and puts the new ones in. Returns true in the second place if
+    /// Takes the old frontends of the affected Services out and puts the new ones in. Returns true in the last place if
     /// the set of addresses and NodePorts changed.
-    fn recompile(&mut self, state: &State, affected: &BTreeSet<Arc<ObjectRef>>) -> (UdpCleanup, bool) {
+    fn recompile(
+        &mut self,
+        state: &State,
+        affected: &BTreeSet<Arc<ObjectRef>>,
+    ) -> (UdpCleanup, Vec<(u64, Option<Lifetime>)>, bool) {
         let mut udp_cleanup = UdpCleanup::default();
         let mut keys_changed = false;
         let mut compiled = Vec::new();
@@ -194,6 +204,15 @@ impl Compiler {
             }
             compiled.push((reference, new));
         }
+        let lifetimes = compiled.iter().flat_map(|(reference, new)| {
+            let (old, new) = (self.services.get(*reference), new.as_ref());
+            let before = old.iter().flat_map(|old| old.lifetimes.iter().map(|(id, _)| (*id, None)));
+            let now =
+                new.into_iter().flat_map(|new| new.lifetimes.iter().cloned().map(|(id, l)| (id, Some(l))));
+            // A port that is there is the last word on its id.
+            before.chain(now).collect::<BTreeMap<_, _>>()
+        });
+        let lifetimes = lifetimes.collect();
         let old = affected.iter().filter_map(|reference| self.services.get(reference));
         let old: Vec<Unmasqueraded> = old.flat_map(|old| old.unmasqueraded.iter().cloned()).collect();
         let new = compiled.iter().filter_map(|(_, new)| new.as_ref());
@@ -226,7 +245,7 @@ impl Compiler {
             }
             self.services.insert(reference.clone(), new);
         }
-        (udp_cleanup, keys_changed)
+        (udp_cleanup, lifetimes, keys_changed)
     }
 
     fn join_vip(&mut self, addr: Addr, cluster_ip: bool) {

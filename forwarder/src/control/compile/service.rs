@@ -9,9 +9,11 @@ use config::gateway::Algorithm;
 use ipnet::IpNet;
 
 use super::Compiler;
+use super::cleanup::NodePort;
 use super::endpoints::{EndpointInfo, PortKey, merge};
 use super::frontends::{Outcome, Policy, Ruling, keeps_client, rule};
 use super::health::ServiceHealth;
+use super::lifetime::{Lifetime, Removal};
 use super::overflow::Unmasqueraded;
 use super::topology::{Categories, Place, categorize};
 use crate::addr::{Addr, protocol};
@@ -37,6 +39,10 @@ pub struct Compiled {
     pub udp_serving: Vec<(FrontendKey, Arc<Destinations>)>,
     /// What the health server tells of it.
     pub(super) health: ServiceHealth,
+    /// The same for each UDP NodePort.
+    pub(super) udp_node_ports: Vec<(NodePort, Arc<Destinations>)>,
+    /// Which endpoints of each port keep their connections, by stable id of the port.
+    pub(super) lifetimes: Vec<(u64, Lifetime)>,
     /// Ids of its ports, by stable id.
     ids: Vec<(u64, u32)>,
     /// Every endpoint of its ports, used or not.
@@ -55,6 +61,12 @@ pub(super) struct FamilyPort<'a> {
 }
 
 impl FamilyPort<'_> {
+    /// Its endpoints that serve, whatever else they are.
+    fn serving(&self) -> Destinations {
+        let serving = self.endpoints.iter().filter(|info| info.serving);
+        serving.map(|info| (info.endpoint.addr, info.endpoint.port)).collect()
+    }
+
     /// What its endpoints are known by, in their order.
     pub(super) fn keys(&self) -> impl Iterator<Item = EndpointKey> {
         let protocol = self.port.protocol;
@@ -112,6 +124,18 @@ impl Compiler {
         let mut families = self.family_ports(state, reference, facts);
         compiled.endpoints = self.assign_tallies(&mut families);
         compiled.health = self.service_health(facts, &families);
+        let removal = Removal::of(facts, &self.gateway);
+        for port in &facts.ports {
+            let of_port = || families.iter().filter(|family| family.port == port);
+            let service = stable_id(reference, port);
+            let lifetime = Lifetime::new(removal, of_port().flat_map(|family| &family.endpoints));
+            compiled.lifetimes.push((service, lifetime));
+            let node_port = port.node_port.filter(|_| port.protocol == protocol::UDP);
+            compiled.udp_node_ports.extend(of_port().filter_map(|family| {
+                let key = NodePort { service, port: node_port?, is_v4: family.is_v4 };
+                Some((key, Arc::new(family.serving())))
+            }));
+        }
         let mut builder = Builder {
             key: self.key,
             algorithm: self.algorithm(facts),
@@ -144,9 +168,7 @@ impl Compiler {
                 compiled.unmasqueraded.push((claimed.key, Arc::new(family.keys().collect())));
             }
             if claimed.key.protocol == protocol::UDP {
-                let serving = family.endpoints.iter().filter(|info| info.serving);
-                let serving = serving.map(|info| (info.endpoint.addr, info.endpoint.port)).collect();
-                compiled.udp_serving.push((claimed.key, Arc::new(serving)));
+                compiled.udp_serving.push((claimed.key, Arc::new(family.serving())));
             }
         }
         Some(compiled)

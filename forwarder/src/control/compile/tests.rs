@@ -6,9 +6,10 @@ use super::fixture::{Cluster, gateway};
 use super::*;
 use config::gateway::Algorithm;
 
+use super::lifetime::Removal;
 use crate::addr::{Tuple, protocol};
 use crate::control::state::Accepted;
-use crate::table::flow_map::{FlowMapConfig, NewFlow};
+use crate::table::flow_map::{FlowMapConfig, FlowSnapshot, NewFlow};
 use crate::tables::{Action, Frontend, FrontendKey, FrontendKind, Origin};
 
 const HEAD: &str = "[gateway]
@@ -460,9 +461,89 @@ fn what_a_change_touches_is_told() {
     );
 }
 
-/// Rules 9.2, 9.3, 9.4.
+/// A flow as the table has it.
+fn flow(dst: &str, dst_port: u16, protocol: u8, endpoint: (&str, u16), service: u64) -> FlowSnapshot {
+    let src = addr(if dst.contains(':') { "2001:db8:1::7" } else { "198.51.100.1" });
+    let original = Tuple { src, dst: addr(dst), src_port: 4242, dst_port, protocol };
+    let reply = Tuple { src: addr(endpoint.0), src_port: endpoint.1, ..original.reversed() };
+    let map = FlowMap::anonymous(FlowMapConfig { capacity: 1, ..Default::default() });
+    let new = NewFlow { original, reply: Some(reply), service, ..NewFlow::default() };
+    map.insert(&mut map.worker(0), &new, 1).unwrap();
+    map.snapshot(0).unwrap()
+}
+
+/// Rules 9.2, 9.3, 9.4. The cases of kubernetes pkg/proxy/conntrack/cleanup_test.go, and some more: every frontend of a Service, and
+/// ports that are none; endpoints that serve, that do not, that are gone, that have another port now; each protocol.
 #[test]
 fn udp_flows_to_endpoints_that_do_not_serve_are_forgotten() {
+    let yaml = "
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  type: LoadBalancer
+  clusterIP: 10.96.0.1
+  externalIPs: [192.0.2.1]
+  ports:
+  - {name: tcp, port: 8000}
+  - {name: udp, port: 8000, protocol: UDP, nodePort: 32000}
+  - {name: sctp, port: 8000, protocol: SCTP, nodePort: 32000}
+status: {loadBalancer: {ingress: [{ip: 203.0.113.10}]}}
+---
+kind: EndpointSlice
+metadata: {name: web, namespace: shop, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports:
+- {name: tcp, port: 9090}
+- {name: udp, port: 9090, protocol: UDP}
+- {name: sctp, port: 9090, protocol: SCTP}
+endpoints:
+- {addresses: [10.244.0.4], conditions: {serving: true, ready: false, terminating: true}}
+- {addresses: [10.244.1.5], conditions: {serving: false, ready: false}}
+";
+    let head = HEAD.replace("return", "external_ip_cidrs = ['192.0.2.0/24']\nreturn");
+    let cluster = Cluster::new(&head, yaml);
+    let mut compiler = Compiler::new(cluster.gateway.clone());
+    compiler.set_own_addresses(vec![addr("198.51.100.9")]);
+    let cleanup = compiler.compile_all(&cluster.state, 1).udp_cleanup;
+    let port = |name: &str, protocol| crate::control::facts::PortFacts {
+        name: name.into(),
+        protocol,
+        port: 8000,
+        node_port: None,
+    };
+    let reference = ObjectRef { kind: Kind::Service, namespace: "shop".into(), name: "web".into() };
+    let vips = ["10.96.0.1", "203.0.113.10", "192.0.2.1"];
+    let mut cases = 0;
+    for (name, protocol) in [("tcp", protocol::TCP), ("udp", protocol::UDP), ("sctp", protocol::SCTP)] {
+        let service = service::stable_id(&reference, &port(name, protocol));
+        for (endpoint, serves) in [
+            (("10.244.0.4", 9090), true),
+            (("10.244.0.4", 8080), false),
+            (("10.244.1.5", 9090), false),
+            (("10.244.2.6", 9090), false),
+        ] {
+            let is_stale =
+                |dst, dst_port| cleanup.is_stale(&flow(dst, dst_port, protocol, endpoint, service));
+            let expected = protocol == protocol::UDP && !serves;
+            for vip in vips {
+                assert_eq!(is_stale(vip, 8000), expected, "{name} {vip} {endpoint:?}");
+                assert!(!is_stale(vip, 3000), "no port of the Service: {name} {vip} {endpoint:?}");
+                cases += 2;
+            }
+            // A NodePort on the address that it has, and on one that it had.
+            for own in ["198.51.100.9", "198.51.100.77"] {
+                assert_eq!(is_stale(own, 32000), expected, "{name} {own} {endpoint:?}");
+                cases += 1;
+            }
+        }
+    }
+    assert_eq!(cases, 96);
+    // Another Service that has the number of the NodePort as its port.
+    assert!(!cleanup.is_stale(&flow("203.0.113.99", 32000, protocol::UDP, ("10.244.2.6", 9090), 5)));
+}
+
+#[test]
+fn what_a_change_does_not_touch_is_not_forgotten() {
     let mut cluster = Cluster::new(HEAD, WEB);
     let mut compiler = cluster.compiler(&[]);
     let slice = WEB.split("---\n").nth(1).unwrap();
@@ -470,43 +551,72 @@ fn udp_flows_to_endpoints_that_do_not_serve_are_forgotten() {
         let accepted = cluster.apply(yaml);
         compiler.compile(&cluster.state, &accepted.touched, 2).udp_cleanup
     };
-    let flow = |dst: &str, dst_port, protocol| Tuple {
-        src: addr("198.51.100.1"),
-        dst: addr(dst),
-        src_port: 4242,
-        dst_port,
-        protocol,
-    };
-    let dns = flow("10.96.0.1", 53, protocol::UDP);
+    let stale = flow("10.96.0.1", 53, protocol::UDP, ("10.244.1.1", 5353), 1);
     let cleanup = step(&mut cluster, &slice.replace("10.244.1.1", "10.244.1.7"));
-    assert!(cleanup.is_stale(&dns, addr("10.244.1.1"), 5353), "gone");
-    assert!(!cleanup.is_stale(&dns, addr("10.244.1.7"), 5353), "new");
-    assert!(!cleanup.is_stale(&dns, addr("10.244.2.2"), 5353), "terminating, but it serves");
-    assert!(cleanup.is_stale(&dns, addr("10.244.2.3"), 5353), "does not serve");
-    assert!(cleanup.is_stale(&dns, addr("10.244.2.1"), 5454), "another port");
-    assert!(
-        cleanup.is_stale(&flow("203.0.113.10", 53, protocol::UDP), addr("10.244.1.1"), 5353),
-        "every frontend"
-    );
-    assert!(
-        !cleanup.is_stale(&flow("10.96.0.1", 80, protocol::TCP), addr("10.244.1.1"), 8080),
-        "TCP is left alone"
-    );
-    assert!(
-        !cleanup.is_stale(&flow("10.96.0.9", 53, protocol::UDP), addr("10.244.1.1"), 5353),
-        "another Service"
-    );
+    assert!(cleanup.is_stale(&stale), "gone");
+    assert!(!cleanup.is_stale(&flow("10.96.0.1", 53, protocol::UDP, ("10.244.1.7", 5353), 1)), "new");
     // No serving endpoint: flows are left alone, since there is nothing better.
     let none: String =
         slice.lines().take_while(|line| !line.starts_with("endpoints")).map(|l| format!("{l}\n")).collect();
     let cleanup = step(&mut cluster, &format!("{none}endpoints: []\n"));
-    assert!(!cleanup.is_stale(&dns, addr("10.244.1.1"), 5353) && cleanup.is_empty());
+    assert!(!cleanup.is_stale(&stale) && cleanup.is_empty());
     // A change that touches another Service forgets nothing of this one.
     let cleanup = step(
         &mut cluster,
         "kind: Service\nmetadata: {name: x}\nspec: {clusterIP: 10.96.0.2, ports: [{port: 53, protocol: UDP}]}\n",
     );
-    assert!(!cleanup.is_stale(&dns, addr("10.244.1.1"), 5353));
+    assert!(!cleanup.is_stale(&stale));
+}
+
+/// Rule 9.7.
+#[test]
+fn who_keeps_connections_is_told_by_annotations_and_gateway_file() {
+    let removal = |head: &str, annotations: &str| {
+        let name = "metadata: {name: web, namespace: shop, resourceVersion: '77'";
+        let yaml = WEB.replace(name, &format!("{name}, annotations: {{{annotations}}}"));
+        let cluster = Cluster::new(head, &yaml);
+        let mut compiler = Compiler::new(cluster.gateway.clone());
+        let lifetimes = compiler.compile_all(&cluster.state, 1).lifetimes;
+        assert_eq!(lifetimes.len(), 2, "one for each port");
+        let lifetime = lifetimes.iter().find_map(|(_, lifetime)| {
+            lifetime.clone().filter(|lifetime| lifetime.staying.iter().any(|(_, port)| *port == 8080))
+        });
+        let lifetime = lifetime.unwrap();
+        (lifetime.removal, lifetime.staying.iter().map(|(addr, _)| addr.to_string()).collect::<Vec<_>>())
+    };
+    let reset = HEAD.replace("return", "on_endpoint_removed = 'reset'\nreturn");
+    let (on, drain) = ("towpath.dev/on-endpoint-removed", "towpath.dev/drain-seconds");
+    for (head, annotations, expected) in [
+        (HEAD, String::new(), Removal::Leave),
+        (HEAD, format!("{on}: reset"), Removal::WhenGone),
+        (HEAD, format!("{on}: reset, {drain}: '60'"), Removal::After(60)),
+        (HEAD, format!("{drain}: '0'"), Removal::After(0)),
+        (HEAD, format!("{on}: leave, {drain}: '60'"), Removal::Leave),
+        (HEAD, format!("{on}: kill"), Removal::Leave),
+        (&reset, String::new(), Removal::WhenGone),
+        (&reset, format!("{on}: leave"), Removal::Leave),
+        (&reset, format!("{drain}: soon"), Removal::WhenGone),
+    ] {
+        assert_eq!(removal(head, &annotations).0, expected, "{annotations}");
+    }
+    // Without a deadline whoever is in a slice stays; with one, whoever does not terminate. Readiness does not matter.
+    let (_, staying) = removal(&reset, "");
+    assert_eq!(staying, ["10.244.1.1", "10.244.2.1", "10.244.2.2", "10.244.2.3"]);
+    let (_, staying) = removal(HEAD, &format!("{drain}: '60'"));
+    assert_eq!(staying, ["10.244.1.1", "10.244.2.1", "10.244.2.3"]);
+}
+
+#[test]
+fn a_port_that_is_gone_is_told() {
+    let mut cluster = Cluster::new(HEAD, WEB);
+    let mut compiler = cluster.compiler(&[]);
+    let accepted = cluster.apply(&WEB.replace("name: dns, port: 53", "name: names, port: 53"));
+    let lifetimes = compiler.compile(&cluster.state, &accepted.touched, 2).lifetimes;
+    assert_eq!(lifetimes.iter().filter(|(_, lifetime)| lifetime.is_none()).count(), 1);
+    assert_eq!(lifetimes.len(), 3);
+    let accepted = cluster.delete(Kind::Service, "shop", "web");
+    let lifetimes = compiler.compile(&cluster.state, &accepted.touched, 3).lifetimes;
+    assert_eq!(lifetimes.iter().filter(|(_, lifetime)| lifetime.is_none()).count(), 2);
 }
 
 #[test]

@@ -51,6 +51,13 @@ impl<'o> Annotations<'o> {
         number
     }
 
+    /// Warns of an annotation that another one overrules.
+    pub fn has_no_effect(&mut self, name: &'static str, why: &str, remedy: &str) {
+        if let Some(text) = self.text(name) {
+            self.warn(name, text, &format!("has no effect: {why}"), remedy);
+        }
+    }
+
     /// After the last one: annotations of ours that nobody asked for are warned of.
     pub fn finish(self, kind: &str) {
         let all = self.metadata.annotations.iter().flatten();

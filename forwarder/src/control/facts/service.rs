@@ -1,7 +1,7 @@
 //! What a Service says.
 
 use config::fault::{Code, Fault};
-use config::gateway::Algorithm;
+use config::gateway::{Algorithm, OnEndpointRemoved};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 
@@ -35,6 +35,10 @@ pub struct ServiceFacts {
     pub distribution: Distribution,
     /// Annotation `towpath.dev/lb-algorithm`.
     pub algorithm: Option<Algorithm>,
+    /// Annotation `towpath.dev/on-endpoint-removed`.
+    pub on_endpoint_removed: Option<OnEndpointRemoved>,
+    /// Annotation `towpath.dev/drain-seconds`.
+    pub drain_s: Option<u32>,
 }
 
 /// `spec.type`.
@@ -164,6 +168,15 @@ impl ServiceFacts {
         let external_local = local("spec.externalTrafficPolicy", &spec.external_traffic_policy);
         let mut annotations = Annotations::of(&service.metadata, warnings);
         let algorithm = annotations.word("lb-algorithm", &Algorithm::WORDS);
+        let on_endpoint_removed = annotations.word("on-endpoint-removed", &OnEndpointRemoved::WORDS);
+        let drain_s = annotations.number("drain-seconds", 0..=86_400);
+        if drain_s.is_some() && on_endpoint_removed == Some(OnEndpointRemoved::Leave) {
+            annotations.has_no_effect(
+                "drain-seconds",
+                "towpath.dev/on-endpoint-removed is leave",
+                "remove one of them",
+            );
+        }
         annotations.finish("Service");
         let cluster_ips = cluster_ips(spec);
         let skip = skip(service, type_, &cluster_ips);
@@ -177,6 +190,8 @@ impl ServiceFacts {
             health_check_node_port: health_check_node_port(spec, type_, external_local, faults),
             ports: ports(spec, type_, skip, faults),
             algorithm,
+            on_endpoint_removed,
+            drain_s,
             ..ServiceFacts::default()
         };
         if !matches!(skip, Some(Skip::Headless | Skip::ExternalName)) {
