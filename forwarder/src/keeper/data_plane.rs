@@ -24,7 +24,7 @@ use super::ports::socket_config;
 use super::requests::Keeper;
 use super::sandbox;
 use super::supervise::monotonic_ns;
-use crate::control::health::server::{self, Limits};
+use crate::control::health::server;
 use crate::control::publish::Publisher;
 use crate::control::{Control, ControlParts, PortInfo};
 use crate::kernel::mirror::{Mirror, MirrorConfig};
@@ -38,7 +38,7 @@ use crate::worker::Worker;
 use crate::worker::exchange::Exchange;
 use crate::worker::hold::Resolve;
 use crate::worker::punt::Punt;
-use crate::worker::reassembly::Limits;
+use crate::worker::reassembly;
 
 /// Neighbors that the kernel is asked to keep resolved at most; its own limit is `gc_thresh3`, 1,024 by default.
 const NEIGHBORS: usize = 16_384;
@@ -113,7 +113,7 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
             affinity: affinity.clone(),
             heartbeats: heartbeats.clone(),
             resolve: resolve(&mirror),
-            fragments: Limits::from(&gateway.fragments),
+            fragments: reassembly::Limits::from(&gateway.fragments),
             exchange: exchange.clone(),
             poll: gateway.workers.poll,
         };
@@ -195,7 +195,7 @@ fn start_health(control: &Control, keeper: Arc<Keeper>) -> Result<()> {
     let probes = control.probes(Box::new(open));
     let run = move || {
         let served = sandbox::restrict_health()
-            .and_then(|()| Ok(server::serve(&probes, Limits::default(), &AtomicBool::new(false))?));
+            .and_then(|()| Ok(server::serve(&probes, server::Limits::default(), &AtomicBool::new(false))?));
         if let Err(error) = served {
             tracing::error!("health is not served any more: {error:#}");
         }
