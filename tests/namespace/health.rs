@@ -291,8 +291,8 @@ fn metrics_tell_what_happened() {
     assert_eq!(refused.status.code(), Some(7));
     ask(&cluster.client, &format!("http://{GATEWAY_V4}:10256/healthz"), &[]).unwrap();
     ask(&cluster.client, &format!("http://{GATEWAY_V4}:10256/livez"), &[]).unwrap();
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
-    let time = cluster.gateway.sh(&format!("date -u -d @{now} +%Y-%m-%dT%H:%M:%SZ")).unwrap();
+    // RFC 3339 with nanoseconds, as Kubernetes writes it.
+    let time = cluster.gateway.sh("date -u +%Y-%m-%dT%H:%M:%S.%NZ").unwrap();
     let annotated = slice("web", &[(1, READY)]).replace(
         "labels:",
         &format!(
@@ -328,7 +328,11 @@ fn metrics_tell_what_happened() {
     ] {
         assert_eq!(after.get(sample).unwrap(), value, "{sample}");
     }
-    assert!(after.sum("towpath_steered_total") > 0.0);
+    // The keeper is asked for these twice a second.
+    eventually("steered packets are counted", || {
+        scrape(&cluster).unwrap().sum("towpath_steered_total") > 0.0
+    });
+    assert_eq!(after.get("towpath_rings_total{port=\"uplink\",counter=\"rx_invalid_descs\"}").unwrap(), 0.0);
     // Received packets are those forwarded, punted, and those with a reason.
     let verdict = |word: &str| {
         after.get(&format!("towpath_verdicts_total{{worker=\"0\",verdict=\"{word}\"}}")).unwrap()

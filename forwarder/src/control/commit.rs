@@ -418,6 +418,10 @@ impl Committer {
             waiter.since.elapsed() >= IN_FORCE_WITHIN || publisher.in_force(waiter.generation).everywhere()
         });
         self.waiters = waiting;
+        if !done.is_empty() {
+            // Before they are answered: who knows that a change is in force finds it measured.
+            self.follow_updates();
+        }
         for Waiter { ticket, mut committed, .. } in done {
             self.fill_in_force(&mut committed);
             if committed.workers_in_force < committed.workers {

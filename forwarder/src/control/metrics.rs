@@ -146,7 +146,8 @@ impl Collector for Live {
         gateway(&self.0, &mut page)?;
         services(&self.0, &mut page)?;
         workers(&self.0, &mut page)?;
-        packets(&self.0, &mut page)
+        packets(&self.0, &mut page)?;
+        rings(&self.0, &mut page)
     }
 }
 
@@ -331,5 +332,18 @@ fn packets(shared: &Shared, page: &mut Page<'_>) -> fmt::Result {
         "towpath_steered",
         "Packets seen by the steering program, by what it did.",
         steering.collect(),
+    )
+}
+
+fn rings(shared: &Shared, page: &mut Page<'_>) -> fmt::Result {
+    let ports = shared.gateway.ports.iter().enumerate();
+    let samples = ports.flat_map(|(index, port)| {
+        let counters = shared.port_counters(index).into_iter();
+        counters.map(|(name, value)| (vec![("port", port.name.clone()), ("counter", name)], value))
+    });
+    page.counters(
+        "towpath_rings",
+        "Losses and refusals in the rings of a port, before any packet is received.",
+        samples.collect(),
     )
 }
