@@ -59,12 +59,14 @@ fn tagged_packets_leave_with_their_tags() {
             for (number, (plain, tagged)) in untagged.play(&case).iter().zip(&tagged).enumerate() {
                 let at = || format!("{} step {} with tags {tags:02x?}", case.name, number + 1);
                 assert_eq!(plain.verdict, tagged.verdict, "{}", at());
-                let frame = |outcome: &Outcome| outcome.emitted.as_ref().map(|out| out.frame.clone());
-                let with_tags = frame(plain).map(|mut frame| {
+                let frames = |outcome: &Outcome| -> Vec<Vec<u8>> {
+                    outcome.emitted.iter().map(|out| out.frame.clone()).collect()
+                };
+                let mut with_tags = frames(plain);
+                for frame in &mut with_tags {
                     frame.splice(12..12, tags.iter().copied());
-                    frame
-                });
-                assert_eq!(with_tags, frame(tagged), "{}", at());
+                }
+                assert_eq!(with_tags, frames(tagged), "{}", at());
             }
         }
     }
