@@ -504,6 +504,18 @@ pub enum Mode {
     Generic,
 }
 
+impl Mode {
+    /// Its word in the file.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Mode::Auto => "auto",
+            Mode::ZeroCopy => "zero-copy",
+            Mode::Copy => "copy",
+            Mode::Generic => "generic",
+        }
+    }
+}
+
 impl FlowsSection {
     /// Clients that session affinity remembers: `affinity_capacity`, or a quarter of the capacity.
     pub fn affinity_entries(&self) -> u32 {
@@ -516,6 +528,8 @@ impl Gateway {
     pub const MAX_PORTS: usize = 16;
     /// Workers at most, and thus queues of a port.
     pub const MAX_WORKERS: usize = 64;
+    /// Frames of a worker at most, as many as the ledger of their owners numbers.
+    pub const MAX_FRAMES: u32 = 1 << 22;
 
     /// Reads and checks a gateway file. `file` is its name in errors. Errors: all that were found, in file order.
     pub fn parse(text: &str, file: &str) -> Result<Gateway, Vec<Fault>> {
@@ -553,7 +567,9 @@ impl Gateway {
 
     /// Frames of one worker's packet memory: `[umem] frames`, or twice what is needed.
     pub fn frames_per_worker(&self) -> u32 {
-        self.umem.frames.unwrap_or_else(|| self.frames_needed().saturating_mul(2).next_power_of_two())
+        self.umem.frames.unwrap_or_else(|| {
+            self.frames_needed().saturating_mul(2).next_power_of_two().min(Gateway::MAX_FRAMES)
+        })
     }
 
     /// Frames that a worker needs, so that fragments that wait leave the rings their own.

@@ -6,8 +6,11 @@ use std::path::Path;
 
 use ipnet::IpNet;
 
-use super::{Gateway, RING_SIZES};
+use super::{Gateway, PortRange, RING_SIZES};
 use crate::fault::{Code, Fault};
+
+/// Where NodePorts are, unless the API server was told otherwise (`--service-node-port-range` of kube-apiserver).
+const NODE_PORTS: PortRange = PortRange { first: 30_000, last: 32_767 };
 
 /// Everything that is wrong with the file, as far as the file alone can tell.
 pub(super) fn check(gateway: &Gateway) -> Vec<Fault> {
@@ -115,6 +118,15 @@ fn snat(gateway: &Gateway, faults: &mut Vec<Fault>) {
             ports,
             "takes ports of well-known services",
             "begin at 1024 or later",
+        ));
+    }
+    if ports.overlaps(NODE_PORTS) {
+        let message = format!("overlaps the range of NodePorts, {NODE_PORTS}");
+        faults.push(conflict(
+            "snat.ports".into(),
+            &ports.to_string(),
+            message,
+            "use other ports, such as 61000-65535",
         ));
     }
     let ranges = [
@@ -298,7 +310,7 @@ fn memory(gateway: &Gateway, faults: &mut Vec<Fault>) {
     }
     let least = gateway.frames_needed();
     if let Some(frames) = umem.frames
-        && !(least..=1 << 24).contains(&frames)
+        && !(least..=Gateway::MAX_FRAMES).contains(&frames)
     {
         let message =
             format!("the rings of {} ports and fragments hold up to {least} frames", gateway.ports.len());
@@ -306,7 +318,7 @@ fn memory(gateway: &Gateway, faults: &mut Vec<Fault>) {
             "umem.frames",
             frames,
             message,
-            format!("use {least} to {}, or leave the key out", 1 << 24),
+            format!("use {least} to {}, or leave the key out", Gateway::MAX_FRAMES),
         ));
     }
 }

@@ -154,12 +154,14 @@ fn bad_sections_are_refused_by_field() {
     refuses_section("[fragments]\ndatagrams = 0", "fragments.datagrams", "1 to 65536");
     refuses_section("[fragments]\nframes = 44", "fragments.frames", "64 to 65536");
     refuses_section("[fragments]\nipv6_s = 601", "fragments.ipv6_s", "1 to 600");
+    refuses_section("[umem]\nframes = 4194305", "umem.frames", "12800 to 4194304");
     refuses_section("[workers]\ncpus = []", "workers.cpus", "no worker");
     refuses_section("[workers]\ncpus = [1, 1]", "workers.cpus[1]", "twice");
     refuses_section("[workers]\ncpus = [-1]", "workers.cpus[0]", "-1");
     refuses_section("[workers]\npoll = \"lazy\"", "workers.poll", "adaptive");
     refuses_section("[snat]\nports = \"65535-61000\"", "snat.ports", "61000-65535");
     refuses_section("[snat]\nports = \"61000-65536\"", "snat.ports", "not a range");
+    refuses_section("[snat]\nports = \"20000-30000\"", "snat.ports", "NodePorts, 30000-32767");
     refuses_section("[snat]\nports = \"80-90\"", "snat.ports", "1024");
     refuses_section("[snat]\naddresses = [\"127.0.0.1\"]", "snat.addresses[0]", "unicast");
     refuses_section("[snat]\naddresses = [\"10.96.1.1\"]", "snat.addresses[0]", "service_cidrs");

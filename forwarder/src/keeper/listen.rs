@@ -39,35 +39,17 @@ impl ControlSocket {
     /// # Errors
     /// Somebody listens there, or the path is something else than a socket: the fault says what.
     pub fn listen(path: &Path, group: Option<Gid>) -> Result<ControlSocket, Fault> {
-        let fault = |message: String, remedy: &str| {
-            Err(Fault::new(Code::Conflict, message)
-                .field("control.socket")
-                .value(path.display())
-                .remedy(remedy))
-        };
-        match fs::symlink_metadata(path) {
-            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
-            Err(cause) => {
-                return fault(format!("cannot be used: {cause}"), "name a path that root may write to");
-            }
-            Ok(meta) if !meta.file_type().is_socket() => {
-                return fault(
-                    "is taken by something that is not a socket".into(),
-                    "remove it, or name another path",
-                );
-            }
-            Ok(_) => {
-                if somebody_listens(path) {
-                    return fault(
-                        "another daemon listens there".into(),
-                        "stop it first, or name another path",
-                    );
-                }
-            }
+        if let Some(fault) = obstacle(path) {
+            return Err(fault);
+        }
+        if somebody_listens(path) {
+            return Err(fault(path, "another daemon listens there", "stop it first, or name another path"));
         }
         match bind_privately(path, group) {
             Ok(listener) => Ok(ControlSocket { listener, path: path.into() }),
-            Err(cause) => fault(format!("cannot be made: {cause}"), "name a path that root may write to"),
+            Err(cause) => {
+                Err(fault(path, format!("cannot be made: {cause}"), "name a path that root may write to"))
+            }
         }
     }
 
@@ -82,6 +64,25 @@ impl Drop for ControlSocket {
         // Nothing can be done about a failure, and the next start replaces a stale file.
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// What stands where the socket is to be, if it is something else than a socket.
+pub fn obstacle(path: &Path) -> Option<Fault> {
+    match fs::symlink_metadata(path) {
+        Ok(meta) if meta.file_type().is_socket() => None,
+        Ok(_) => {
+            let complaint = "is taken by something that is not a socket";
+            Some(fault(path, complaint, "remove it, or name another path"))
+        }
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => None,
+        Err(cause) => {
+            Some(fault(path, format!("cannot be used: {cause}"), "name a path that root may write to"))
+        }
+    }
+}
+
+fn fault(path: &Path, complaint: impl Into<String>, remedy: &str) -> Fault {
+    Fault::new(Code::Conflict, complaint).field("control.socket").value(path.display()).remedy(remedy)
 }
 
 /// True if somebody listens, and still does after a moment: a data plane whose keeper was killed is on its way out.

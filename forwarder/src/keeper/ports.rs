@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use af_xdp::{Channels, OpenError, Socket, SocketConfig, Umem, UmemConfig, UmemError};
+use af_xdp::{OpenError, Socket, SocketConfig, Umem, UmemConfig, UmemError};
 use config::fault::{Code, Fault};
 use config::gateway::{Gateway, Mode, PortSection};
 use tracing::{info, warn};
@@ -58,10 +58,11 @@ impl Ports {
     /// What cannot be had, with field, value and remedy.
     pub fn open(gateway: &Gateway) -> Result<Ports, Fault> {
         let workers = gateway.workers.cpus.len();
-        let mut steering = Steering::load(SteerSizes::default()).map_err(|cause| steer_fault(0, &cause))?;
+        let mut steering = Steering::load(SteerSizes::default())
+            .map_err(|cause| Fault::new(Code::Invalid, cause.to_string()))?;
         let mut ports = Vec::new();
         for (index, section) in gateway.ports.iter().enumerate() {
-            ports.push(Port::attach(index, section, workers, &mut steering)?);
+            ports.push(Port::attach(index, section, &mut steering)?);
         }
         let mut umems = Vec::new();
         for worker in 0..workers {
@@ -130,17 +131,11 @@ impl Ports {
 
 impl Port {
     /// Attaches the steering program and makes the TAP.
-    fn attach(
-        index: usize,
-        section: &PortSection,
-        workers: usize,
-        steering: &mut Steering,
-    ) -> Result<Port, Fault> {
+    fn attach(index: usize, section: &PortSection, steering: &mut Steering) -> Result<Port, Fault> {
         let interface = &section.interface;
         let ifindex = interface_index(interface).ok_or_else(|| {
             open_fault(index, section, &OpenError::NoSuchInterface { interface: interface.clone() })
         })?;
-        check_queues(index, section, workers)?;
         let modes: &[AttachMode] = match section.mode {
             Mode::Auto => &[AttachMode::Native, AttachMode::Generic],
             Mode::ZeroCopy | Mode::Copy => &[AttachMode::Native],
@@ -152,7 +147,7 @@ impl Port {
                 Err(SteerError::Occupied { .. }) if start.elapsed() < PATIENCE => {
                     std::thread::sleep(Duration::from_millis(20));
                 }
-                outcome => break outcome.map_err(|cause| steer_fault(index, &cause))?,
+                outcome => break outcome.map_err(|cause| steer_fault(index, section.mode, &cause))?,
             }
         };
         if attached == AttachMode::Generic {
@@ -191,7 +186,7 @@ impl Port {
         let fd = socket.into_fd();
         steering
             .set_socket(port, worker as u32, fd.as_fd())
-            .map_err(|cause| steer_fault(usize::from(port), &cause))?;
+            .map_err(|cause| steer_fault(usize::from(port), section.mode, &cause))?;
         self.sockets.push(fd);
         Ok(())
     }
@@ -230,36 +225,20 @@ fn memory_fault(config: &UmemConfig, worker: usize, workers: usize, cause: &Umem
     fault.field("umem.hugepages").value(true).remedy(remedy)
 }
 
-/// A queue without a worker would swallow its packets, a worker without a queue would be idle: there are as many of one
-/// as of the other.
-fn check_queues(index: usize, section: &PortSection, workers: usize) -> Result<(), Fault> {
-    let interface = &section.interface;
-    let socket = std::net::UdpSocket::bind("127.0.0.1:0").or_else(|_| std::net::UdpSocket::bind("[::1]:0"));
-    // Without any socket the queue check of the AF_XDP socket itself has to do.
-    let Some(channels) = socket.ok().and_then(|socket| Channels::of(socket, interface).ok()) else {
-        return Ok(());
-    };
-    let receiving = channels.rx + channels.combined;
-    if receiving as usize == workers {
-        return Ok(());
-    }
-    let fewer = workers > receiving as usize;
-    let complaint = format!(
-        "has {receiving} receive queue(s) for {workers} worker(s); {}",
-        if fewer { "each worker needs one" } else { "packets of the others would reach no worker" }
-    );
-    Err(Fault::new(Code::Invalid, complaint)
-        .field(format!("port[{index}].interface"))
-        .value(interface)
-        .remedy(channels.remedy(interface, workers as u32)))
-}
-
-fn steer_fault(port: usize, cause: &SteerError) -> Fault {
+fn steer_fault(port: usize, mode: Mode, cause: &SteerError) -> Fault {
     let fault = Fault::new(Code::Invalid, cause.to_string());
+    let at_interface = |interface| fault.clone().field(format!("port[{port}].interface")).value(interface);
     match cause {
-        SteerError::Occupied { interface } | SteerError::NoXdp { interface, .. } => {
-            fault.field(format!("port[{port}].interface")).value(interface)
-        }
+        SteerError::Occupied { interface } => at_interface(interface).remedy(format!(
+            "stop what attached it, which may be another towpathd; if nobody needs it: ip link set dev {interface} xdp off"
+        )),
+        SteerError::NoXdp { interface, .. } => match mode {
+            Mode::Auto | Mode::Generic => at_interface(interface).remedy("use another interface"),
+            Mode::Copy | Mode::ZeroCopy => fault
+                .field(format!("port[{port}].mode"))
+                .value(format!("{} on {interface}", mode.name()))
+                .remedy("use mode = \"auto\", which takes the slower generic path then"),
+        },
         _ => fault,
     }
 }

@@ -89,6 +89,18 @@ pub fn follow(tap: &str, port: &str) -> io::Result<bool> {
     Ok(!same)
 }
 
+/// True if `interface` has Ethernet frames, which loopback and tunnels have not.
+///
+/// # Errors
+/// No such interface.
+pub fn is_ethernet(interface: &str) -> io::Result<bool> {
+    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    let mut address = request_for(interface)?;
+    ioctl(socket.as_fd(), libc::SIOCGIFHWADDR, &mut address)?;
+    // SAFETY: SIOCGIFHWADDR has filled in this member of the union.
+    Ok(unsafe { address.ifr_ifru.ifru_hwaddr.sa_family } == libc::ARPHRD_ETHER)
+}
+
 fn request_for(interface: &str) -> io::Result<libc::ifreq> {
     // SAFETY: `ifreq` is integers, bytes and pointers that may be null: all zeroes is a value of it.
     let mut request: libc::ifreq = unsafe { mem::zeroed() };

@@ -66,15 +66,13 @@ pub enum SteerError {
         cause: String,
     },
     /// Another XDP program is on the interface.
-    #[error(
-        "port {interface}: another XDP program is attached to it; if it is not needed: ip link set dev {interface} xdp off"
-    )]
+    #[error("another XDP program is attached to {interface}")]
     Occupied {
         /// Name of the interface.
         interface: String,
     },
     /// The interface takes no XDP program in any of the modes that were wanted.
-    #[error("port {interface}: takes no XDP program ({refusals})")]
+    #[error("{interface} takes no XDP program ({refusals})")]
     NoXdp {
         /// Name of the interface.
         interface: String,
