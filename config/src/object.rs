@@ -133,11 +133,7 @@ pub fn parse(text: &str, file: &str) -> Manifests {
                 let mut reader = Reader { found: &mut found, source: &source };
                 reader.document(&root);
             }
-            Err((line, message)) => {
-                let remedy = "indent with spaces and quote values with special characters; `kubectl apply --dry-run=client` checks too";
-                let fault = Fault::new(Code::Syntax, message).source(&source(line)).remedy(remedy);
-                found.faults.push(fault);
-            }
+            Err((line, fault)) => found.faults.push(fault.source(&source(line))),
         }
     }
     found

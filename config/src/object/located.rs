@@ -4,6 +4,8 @@ use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Number, Value};
 use serde_saphyr::Spanned;
 
+use crate::fault::{Code, Fault};
+
 /// One document of a text.
 pub(super) struct Document<'a> {
     /// From 1, empty documents not counted.
@@ -60,8 +62,8 @@ enum Node {
     Map(Vec<(String, Located)>),
 }
 
-/// Reads one document. Errors: line and message.
-pub(super) fn read(document: &Document<'_>) -> Result<Located, (u32, String)> {
+/// Reads one document. Errors: the line and what is wrong there.
+pub(super) fn read(document: &Document<'_>) -> Result<Located, (u32, Fault)> {
     // Lists of a whole cluster are larger than what the library takes for reasonable; nesting and aliases stay bounded.
     let budget = serde_saphyr::budget! {
         max_events: 100_000_000,
@@ -82,11 +84,30 @@ pub(super) fn read(document: &Document<'_>) -> Result<Located, (u32, String)> {
         Err(error) => {
             let line = error.location().map_or(1, |location| location.line() as u32).max(1);
             // The library tells the line within the document; ours is that of the file.
-            let message = error.to_string();
-            let message = message.split_once(" at line ").map_or(message.as_str(), |(message, _)| message);
-            Err((document.first_line - 1 + line, message.to_owned()))
+            Err((document.first_line - 1 + line, syntax(&error)))
         }
     }
+}
+
+/// What is wrong with the text, in words for whoever wrote it.
+fn syntax(error: &serde_saphyr::Error) -> Fault {
+    use serde_saphyr::Error;
+    let text = error.to_string();
+    let (message, remedy) = match error {
+        Error::AliasError { error, .. } => return syntax(error),
+        Error::DuplicateMappingKey { key, .. } => {
+            (format!("{} stands there twice", key.as_deref().unwrap_or("a key")), "remove one of them")
+        }
+        _ if matches!(error, Error::Budget { .. }) || text.contains("recursion limit") => (
+            "nested too deeply, or built of too many aliases".to_owned(),
+            "write the object as `kubectl get -o yaml` prints it",
+        ),
+        _ => (
+            text.split_once(" at line ").map_or(text.as_str(), |(message, _)| message).to_owned(),
+            "indent with spaces and quote values with special characters; `kubectl apply --dry-run=client` checks too",
+        ),
+    };
+    Fault::new(Code::Syntax, message).remedy(remedy)
 }
 
 impl Located {

@@ -127,3 +127,14 @@ fn hostile_text_is_refused_not_followed() {
     assert_eq!(only(""), Manifests::default());
     assert_eq!(only("---\n# nothing\n...\n"), Manifests::default());
 }
+
+#[test]
+fn what_yaml_allows_and_a_manifest_must_not_is_told_in_plain_words() {
+    let found = only("kind: Service\nspec: {}\nspec: {}\n");
+    let words = "f.yaml:3 (document 1): spec stands there twice; remove one of them";
+    assert_eq!(found.faults[0].to_string(), words);
+    let doubling: String =
+        (b'b'..=b'p').map(|c| format!("{0}: &{0} [*{1},*{1}]\n", c as char, (c - 1) as char)).collect();
+    let found = only(&format!("a: &a [x,x]\n{doubling}"));
+    assert!(found.faults[0].message.contains("too many aliases"), "{:?}", found.faults);
+}
