@@ -6,7 +6,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use config::control::{Item, MAX_LINE_BYTES, Reply, Request, VERSION};
@@ -21,11 +21,23 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects and says hello.
+    /// Connects and says hello; again, for at most `timeout`, while the daemon has no place for another client.
     ///
     /// # Errors
     /// No daemon, no permission, another version of the protocol, no answer within `timeout`: each in words.
     pub fn open(path: &Path, timeout: Duration) -> Result<Connection> {
+        let start = Instant::now();
+        loop {
+            match Connection::greet(path, timeout) {
+                Err(error) if is_full(&error) && start.elapsed() < timeout => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn greet(path: &Path, timeout: Duration) -> Result<Connection> {
         let stream = dial(path, timeout).map_err(|e| explain_refusal(path, timeout, &e))?;
         let mut connection = Connection { reader: BufReader::with_capacity(64 << 10, stream), timeout };
         let client = concat!("towpathctl ", env!("CARGO_PKG_VERSION")).to_owned();
@@ -122,6 +134,11 @@ pub fn unexpected(reply: &Reply) -> anyhow::Error {
     let mut text = reply.to_line();
     text.truncate(text.char_indices().nth(120).map_or(text.len(), |(i, _)| i));
     anyhow!(Fault::new(Code::Request, format!("unexpected answer: {}", text.trim_end())))
+}
+
+/// True if the daemon has too many clients at the moment.
+fn is_full(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Fault>().is_some_and(|fault| fault.code == Code::Limit)
 }
 
 fn dial(path: &Path, timeout: Duration) -> io::Result<UnixStream> {

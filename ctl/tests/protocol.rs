@@ -438,6 +438,31 @@ fn a_diff_ends_as_kubectl_diff_does() {
 }
 
 #[test]
+fn a_daemon_that_is_full_is_asked_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("control.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    thread::spawn(move || {
+        for _ in 0..3 {
+            let (mut stream, _) = listener.accept().unwrap();
+            let full = Reply::Fault(Fault::new(Code::Limit, "too many clients"));
+            let _ = stream.write_all(full.to_line().as_bytes());
+        }
+        let (stream, _) = listener.accept().unwrap();
+        let (seen, _requests) = mpsc::channel();
+        serve(
+            stream,
+            |request| match request {
+                Request::Hello { .. } => Act::Answer(vec![hello(VERSION)]),
+                _ => Act::Answer(vec![Reply::FlowCount { count: 7 }]),
+            },
+            &seen,
+        );
+    });
+    ctl().env("TOWPATH_SOCKET", &socket).args(["flows", "count"]).assert().code(0).stdout("7\n");
+}
+
+#[test]
 fn a_daemon_of_another_version_is_named() {
     let daemon = Daemon::with_hello(|_| Act::Answer(vec![hello(VERSION + 1)]));
     daemon.ctl(&["status"]).assert().code(1).stderr(format!(

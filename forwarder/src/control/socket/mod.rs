@@ -7,7 +7,8 @@
 //!
 //! Limits, and what happens at them ([`Limits`]): a line that stays unfinished or a reply that stays unread is cut off
 //! after 5 s, an open change after 30 s without a further line; over all clients, unfinished lines and staged changes
-//! share one budget; when all places are taken, the client that has been silent for longest makes room.
+//! share one budget; when all places are taken, the client that has been silent for longest makes room: one that has not
+//! even said hello after 50 ms, one with nothing open or that does not read its replies after 1 s.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -157,6 +158,8 @@ pub struct Limits {
     pub idle: Duration,
     /// How long an open change may stay without a further line.
     pub idle_change: Duration,
+    /// How long a client may be silent before it makes room for another, when all places are taken.
+    pub spare: Duration,
 }
 
 impl Default for Limits {
@@ -166,12 +169,16 @@ impl Default for Limits {
             staging_bytes: 256 << 20,
             idle: Duration::from_secs(5),
             idle_change: Duration::from_secs(30),
+            spare: Duration::from_secs(1),
         }
     }
 }
 
 /// How long one client may keep the thread busy before the others have their turn.
 const TURN: Duration = Duration::from_millis(1);
+
+/// How long a new client may take to say hello before it makes room for another: programs say it at once.
+const GREETING: Duration = Duration::from_millis(50);
 
 /// How long a client that is cut off may take to read why.
 const LINGER: Duration = Duration::from_secs(1);
@@ -310,10 +317,24 @@ impl Connection {
         self.broken || (said_all && self.eof)
     }
 
-    /// Could make room for another client: idle and with nothing open.
+    /// Could make room for another client.
     fn is_evictable(&self, limits: &Limits, now: Instant) -> bool {
-        let idle = now.duration_since(self.active) >= limits.idle;
-        idle && !self.client.is_staging() && !self.client.is_working()
+        let silent = now.duration_since(self.active);
+        if self.client.is_stranger() {
+            return silent >= GREETING;
+        }
+        let is_open = self.client.is_staging() || self.client.is_working();
+        silent >= limits.spare && (!is_open || self.unread.is_some())
+    }
+
+    /// Makes room for another client, and is told so if that can be done at once.
+    fn evict(self) {
+        if self.client.unread() == 0 {
+            let fault =
+                Fault::new(Code::Limit, "made room for another client, silent for longer than the others");
+            let line = Reply::Fault(fault.remedy("connect again")).to_line();
+            let _ = rustix::net::send(&self.stream, line.as_bytes(), rustix::net::SendFlags::NOSIGNAL);
+        }
     }
 }
 
@@ -460,7 +481,7 @@ fn admit(
             .filter(|i| connections[*i].is_evictable(limits, now))
             .min_by_key(|i| connections[*i].active);
         match idlest {
-            Some(index) => drop(connections.swap_remove(index)),
+            Some(index) => connections.swap_remove(index).evict(),
             None => {
                 let fault = Fault::new(Code::Limit, "too many clients of the control socket at a time");
                 refuse(

@@ -118,7 +118,8 @@ const APPLY: &str = "{\"apply\":{\"object\":{\"kind\":\"Service\"}}}\n";
 const STATUS: &str = "\"status\"\n";
 
 fn quick() -> Limits {
-    Limits { idle: Duration::from_millis(300), ..Limits::default() }
+    let soon = Duration::from_millis(300);
+    Limits { idle: soon, spare: soon, ..Limits::default() }
 }
 
 fn root_too() -> Admission {
@@ -278,10 +279,48 @@ fn when_all_places_are_taken_the_most_silent_client_makes_room() {
     }
     let mut late = server.client();
     assert_eq!(late.ask(STATUS), Reply::Done);
-    assert_eq!(first.reply(), None, "the first one was silent for longest");
+    match first.reply() {
+        Some(Reply::Fault(fault)) => assert!(fault.message.contains("made room"), "{fault}"),
+        other => panic!("the first one was silent for longest: {other:?}"),
+    }
+    assert_eq!(first.reply(), None);
     for other in &mut others {
         assert_eq!(other.ask(STATUS), Reply::Done);
     }
+}
+
+#[test]
+fn a_storm_of_connections_shuts_nobody_out() {
+    let server = Server::start(Limits { clients: 3, ..Limits::default() }, root_too());
+    let mut served = server.client();
+    let silent: Vec<UnixStream> = (0..50).map(|_| server.connect()).collect();
+    // As towpathctl does: again until the silent ones have had their time.
+    let start = Instant::now();
+    let mut late = loop {
+        let mut late = Talk(BufReader::new(server.connect()));
+        late.send(HELLO);
+        match late.reply() {
+            Some(Reply::Fault(_)) => thread::sleep(Duration::from_millis(10)),
+            Some(_) => break late,
+            None => panic!("closed without a word"),
+        }
+        assert!(start.elapsed() < Duration::from_secs(5), "never let in");
+    };
+    assert_eq!(late.ask(STATUS), Reply::Done);
+    assert_eq!(served.ask(STATUS), Reply::Done, "who has said hello stays");
+    drop(silent);
+}
+
+#[test]
+fn who_does_not_read_makes_room() {
+    let limits = Limits { clients: 1, spare: Duration::from_millis(100), ..Limits::default() };
+    let server = Server::start(limits, root_too());
+    let mut lazy = server.client();
+    lazy.send("{\"get\":{\"what\":\"services\"}}\n");
+    thread::sleep(Duration::from_millis(300));
+    let mut late = server.client();
+    assert_eq!(late.ask(STATUS), Reply::Done);
+    drop(lazy);
 }
 
 #[test]
