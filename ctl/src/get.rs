@@ -197,23 +197,35 @@ pub fn print_rows<R: Row>(rows: &[R], view: View) -> String {
 struct Query {
     resource: Resource,
     names: Vec<String>,
+    /// Not a word about it if there is none.
+    optional: bool,
 }
 
 impl Args {
-    /// kubectl's forms: `svc`, `svc,ep`, `svc NAME...`, `svc/NAME svc/OTHER`.
+    /// kubectl's forms: `svc`, `svc,ep`, `svc NAME...`, `svc/NAME svc/OTHER`; for people `all` is each kind of objects.
     fn queries(&self) -> Result<Vec<Query>> {
+        if self.what.eq_ignore_ascii_case("all") && !matches!(self.output, Output::Json | Output::Yaml) {
+            let kinds = [Noun::Services, Noun::Endpoints, Noun::Pods, Noun::Nodes, Noun::Namespaces];
+            let query = |noun| Query { resource: Resource::Noun(noun), names: Vec::new(), optional: true };
+            return match self.names.first() {
+                None => Ok(kinds.map(query).into()),
+                Some(name) => bail!("`get all` takes no names; which kind is {name:?}?"),
+            };
+        }
         if self.what.contains('/') {
             let mut queries = Vec::new();
             for text in std::iter::once(&self.what).chain(&self.names) {
                 let Some((kind, name)) = text.split_once('/').filter(|(_, name)| !name.is_empty()) else {
                     bail!("{text:?} is not KIND/NAME, as the other arguments are")
                 };
-                queries.push(Query { resource: Resource::parse(kind)?, names: vec![name.to_owned()] });
+                let resource = Resource::parse(kind)?;
+                queries.push(Query { resource, names: vec![name.to_owned()], optional: false });
             }
             return Ok(queries);
         }
         let resources: Result<Vec<_>> = self.what.split(',').map(Resource::parse).collect();
-        Ok(resources?.into_iter().map(|resource| Query { resource, names: self.names.clone() }).collect())
+        let query = |resource| Query { resource, names: self.names.clone(), optional: false };
+        Ok(resources?.into_iter().map(query).collect())
     }
 }
 
@@ -221,6 +233,9 @@ impl Args {
 pub fn run(global: &Global, args: &Args) -> Result<Ending> {
     let queries = args.queries()?;
     for query in &queries {
+        if query.resource == Resource::Flows && !query.names.is_empty() {
+            bail!("flows have no names; `towpathctl flows list` has filters");
+        }
         if args.output == Output::Hosts && query.resource != Resource::Noun(Noun::Dns) {
             bail!(
                 "-o hosts is a form of `get dns` only; {} has table, wide, json, yaml, name",
@@ -233,33 +248,57 @@ pub fn run(global: &Global, args: &Args) -> Result<Ending> {
     if matches!(args.output, Output::Json | Output::Yaml) {
         return values(connection, args, &queries);
     }
-    let several = queries.len() > 1;
-    for (i, query) in queries.iter().enumerate() {
-        if i > 0 && args.output != Output::Name {
-            out("\n")?;
+    let mut printed = false;
+    for query in &queries {
+        // Flows are listed as they come, there may be millions.
+        let text = match query.resource {
+            Resource::Noun(noun) => rows_of(noun, connection, args, query, paint)?,
+            Resource::Flows => String::new(),
+        };
+        if text.is_empty() && query.resource != Resource::Flows {
+            continue;
         }
-        use config::control as c;
+        if queries.len() > 1 && args.output != Output::Name {
+            out(&format!("{}{}:\n", if printed { "\n" } else { "" }, query.resource.name()))?;
+        }
+        printed = true;
         match query.resource {
-            Resource::Noun(noun) => match noun {
-                Noun::Services => rows::<c::ServiceRow>(connection, args, query, several, paint)?,
-                Noun::Endpoints => rows::<c::EndpointRow>(connection, args, query, several, paint)?,
-                Noun::Nodes => rows::<c::NodeRow>(connection, args, query, several, paint)?,
-                Noun::Pods => rows::<c::PodRow>(connection, args, query, several, paint)?,
-                Noun::Namespaces => rows::<c::NamespaceRow>(connection, args, query, several, paint)?,
-                Noun::Routes => rows::<c::RouteRow>(connection, args, query, several, paint)?,
-                Noun::Neighbors => rows::<c::NeighborRow>(connection, args, query, several, paint)?,
-                Noun::Ports => rows::<c::PortRow>(connection, args, query, several, paint)?,
-                Noun::Workers => rows::<c::WorkerRow>(connection, args, query, several, paint)?,
-                Noun::Dns if args.output == Output::Hosts => {
-                    out(&dns::hosts(&fetch(connection, args, query)?))?
-                }
-                Noun::Dns => rows::<c::DnsRow>(connection, args, query, several, paint)?,
-                Noun::All => bail!("`get all` lists whole objects: add -o yaml or -o json"),
-            },
             Resource::Flows => flow::list(connection, &flow::ListArgs::default(), args.output, paint)?,
+            Resource::Noun(_) => out(&text)?,
         }
     }
+    if !printed && queries.iter().all(|query| query.optional) {
+        notice(&match args.all_namespaces {
+            true => "No objects found.".to_owned(),
+            false => format!("No objects found in {} namespace.", args.namespace),
+        });
+    }
     Ok(Ending::Done)
+}
+
+/// The rows of one kind as text; empty, after a notice, if there are none.
+fn rows_of(
+    noun: Noun,
+    connection: &mut Connection,
+    args: &Args,
+    query: &Query,
+    paint: Paint,
+) -> Result<String> {
+    use config::control as c;
+    match noun {
+        Noun::Services => rows::<c::ServiceRow>(connection, args, query, paint),
+        Noun::Endpoints => rows::<c::EndpointRow>(connection, args, query, paint),
+        Noun::Nodes => rows::<c::NodeRow>(connection, args, query, paint),
+        Noun::Pods => rows::<c::PodRow>(connection, args, query, paint),
+        Noun::Namespaces => rows::<c::NamespaceRow>(connection, args, query, paint),
+        Noun::Routes => rows::<c::RouteRow>(connection, args, query, paint),
+        Noun::Neighbors => rows::<c::NeighborRow>(connection, args, query, paint),
+        Noun::Ports => rows::<c::PortRow>(connection, args, query, paint),
+        Noun::Workers => rows::<c::WorkerRow>(connection, args, query, paint),
+        Noun::Dns if args.output == Output::Hosts => Ok(dns::hosts(&fetch(connection, args, query)?)),
+        Noun::Dns => rows::<c::DnsRow>(connection, args, query, paint),
+        Noun::All => bail!("ask for `all` alone, or add -o yaml or -o json"),
+    }
 }
 
 fn request(args: &Args, resource: Resource, name: Option<&str>, objects: bool) -> Request {
@@ -330,24 +369,18 @@ fn fetch<R: Row>(connection: &mut Connection, args: &Args, query: &Query) -> Res
     Ok(rows)
 }
 
-fn rows<R: Row>(
-    connection: &mut Connection,
-    args: &Args,
-    query: &Query,
-    several: bool,
-    paint: Paint,
-) -> Result<()> {
+fn rows<R: Row>(connection: &mut Connection, args: &Args, query: &Query, paint: Paint) -> Result<String> {
     let rows: Vec<R> = fetch(connection, args, query)?;
     if args.output == Output::Name {
-        return out(&rows.iter().map(|row| format!("{}/{}\n", R::SINGULAR, row.name())).collect::<String>());
+        return Ok(rows.iter().map(|row| format!("{}/{}\n", R::SINGULAR, row.name())).collect());
     }
     if rows.is_empty() {
-        if query.resource.is_namespaced() && !args.all_namespaces {
-            notice(&format!("No {} found in {} namespace.", query.resource.name(), args.namespace));
-        } else {
-            notice(&format!("No {} found.", query.resource.name()));
+        match query.resource.is_namespaced() && !args.all_namespaces {
+            _ if query.optional => {}
+            true => notice(&format!("No {} found in {} namespace.", query.resource.name(), args.namespace)),
+            false => notice(&format!("No {} found.", query.resource.name())),
         }
-        return Ok(());
+        return Ok(String::new());
     }
     let view = View {
         wide: args.output == Output::Wide,
@@ -357,12 +390,9 @@ fn rows<R: Row>(
     let mut table = table_of::<R>(view);
     rows.iter().for_each(|row| add_row(&mut table, row, view));
     let text = table.take(paint, 0);
-    if several {
-        out(&format!("{}:\n", query.resource.name()))?;
-    }
     match text.split_once('\n') {
-        Some((_, body)) if args.no_headers => out(body),
-        _ => out(&text),
+        Some((_, body)) if args.no_headers => Ok(body.to_owned()),
+        _ => Ok(text),
     }
 }
 

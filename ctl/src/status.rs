@@ -60,10 +60,11 @@ fn text(status: &Status, wide: bool, paint: Paint) -> String {
         .objects
         .iter()
         .filter(|(_, n)| **n > 0)
-        .map(|(kind, n)| format!("{} {kind}", thousands(*n)))
+        .map(|(kind, n)| format!("{} {kind}{}", thousands(*n), if *n == 1 { "" } else { "s" }))
         .collect();
     let waiting = match status.slices_waiting {
         0 => String::new(),
+        1 => paint.paint(Tint::Warn, "; 1 slice waits for its Service"),
         n => paint.paint(Tint::Warn, &format!("; {n} slices wait for their Service")),
     };
     line(
@@ -139,7 +140,7 @@ mod tests {
         insta::assert_snapshot!(text(&status(), false, Paint::PLAIN), @"
         Gateway:    gw-1, towpathd 0.1.0, up 3h30m
         Generation: 7, in force on 2 of 2 workers; forwarding table epoch 12
-        Objects:    1,200 EndpointSlice, 5 Service
+        Objects:    1,200 EndpointSlices, 5 Services
         Frontends:  18 served
         Flows:      1,234 of 262,144, 12 embryonic
 
@@ -166,7 +167,7 @@ mod tests {
         insta::assert_snapshot!(text(&sick, false, Paint::PLAIN), @"
         Gateway:    gw-1, towpathd 0.1.0, up 3h30m, restarted 2 times by its keeper
         Generation: 7, in force on 1 of 2 workers; forwarding table epoch 12
-        Objects:    1,200 EndpointSlice, 5 Service; 3 slices wait for their Service
+        Objects:    1,200 EndpointSlices, 5 Services; 3 slices wait for their Service
         Frontends:  18 served, 1 off
         Flows:      1,234 of 262,144, 12 embryonic
 
