@@ -57,7 +57,7 @@ fn rig(mode: AttachMode) -> Rig {
     }
     let (grow, _) = steering.contents().difference(&set.contents());
     steering.apply(&grow).unwrap();
-    assert_eq!(steering.attach(0, "g0", g0, &[mode]).unwrap(), mode);
+    assert_eq!(steering.attach(0, "g0", g0, &[mode]).unwrap().0, mode);
     let tap = Tap::create("g0").unwrap();
     redirect(tap.ifindex(), g0).unwrap();
     Rig { ns, peer, steering, tap, g0 }

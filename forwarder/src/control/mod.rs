@@ -86,7 +86,7 @@ impl Steer for Arc<Keeper> {
         let count = |(counter, value): (&SteerCounter, u64)| Count {
             name: format!("steer_{}", counter.name()),
             value,
-            help: "Counted by the steering program.".to_owned(),
+            help: counter.help().to_owned(),
         };
         SteerCounter::ALL.iter().zip(values).map(count).collect()
     }

@@ -142,7 +142,7 @@ impl Port {
             Mode::Generic => &[AttachMode::Generic],
         };
         let start = Instant::now();
-        let attached = loop {
+        let (attached, refusals) = loop {
             match steering.attach(index as u8, interface, ifindex, modes) {
                 Err(SteerError::Occupied { .. }) if start.elapsed() < PATIENCE => {
                     std::thread::sleep(Duration::from_millis(20));
@@ -154,6 +154,7 @@ impl Port {
             // The kernel merges none on the port itself while the program is there (netif_elide_gro), but splits none either.
             warn!(
                 port = section.name,
+                refusals,
                 "the steering program runs in the generic path: every packet is copied once more, and packets that come in \
                  merged beyond the MTU cannot be forwarded; see that none do: on the other end of a veth pair ethtool -K NAME \
                  tso off tx-udp-segmentation off, below a VLAN or macvlan ethtool -K NAME gro off"

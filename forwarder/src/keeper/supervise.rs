@@ -145,7 +145,7 @@ impl Supervisor<'_> {
         mut on_healthy: impl FnMut(),
     ) -> anyhow::Result<Ended> {
         let workers = self.manifest.gateway.workers.cpus.len();
-        let mut late = vec![false; workers];
+        let mut pulses = vec![Pulse::Fine; workers];
         let mut fast_deaths = 0;
         let mut ever_ready = false;
         let mut next_start = Instant::now();
@@ -217,7 +217,7 @@ impl Supervisor<'_> {
                 running = None;
                 continue;
             }
-            if self.look(child, &mut late) {
+            if self.look(child, &mut pulses) {
                 on_healthy();
             }
         }
@@ -246,8 +246,8 @@ impl Supervisor<'_> {
         Ok((happened(0), happened(1), happened(2)))
     }
 
-    /// Looks at every heartbeat. True if all is well.
-    fn look(&self, child: &Child, late: &mut [bool]) -> bool {
+    /// Looks at every heartbeat. True if all is well. `pulses`: what the last look found, so that changes alone are logged.
+    fn look(&self, child: &Child, pulses: &mut [Pulse]) -> bool {
         let now_ns = monotonic_ns();
         if child.ready.is_none() && child.started.elapsed() > STARTUP {
             error!(
@@ -259,26 +259,22 @@ impl Supervisor<'_> {
             return false;
         }
         let mut healthy = child.ready.is_some();
-        for (worker, was_late) in late.iter_mut().enumerate() {
+        for (worker, before) in pulses.iter_mut().enumerate() {
             let last_ns = self.heartbeats.last_ns(worker);
             let state = pulse(last_ns, child.started_ns, now_ns);
             healthy &= state == Pulse::Fine;
             let silent_ms = now_ns.saturating_sub(last_ns) / 1_000_000;
-            match (state, *was_late) {
-                (Pulse::Late, false) => warn!(worker, silent_ms, "worker makes no progress"),
-                (Pulse::Fine, true) => info!(worker, "worker makes progress again"),
-                (Pulse::Stuck, _) => {
-                    error!(
-                        worker,
-                        silent_ms,
-                        pid = child.child.id(),
-                        "worker is stuck: killing the data plane"
-                    );
+            match state {
+                _ if state == *before => {}
+                Pulse::Late => warn!(worker, silent_ms, "worker makes no progress"),
+                Pulse::Fine => info!(worker, "worker makes progress again"),
+                Pulse::Stuck => {
+                    let pid = child.child.id();
+                    error!(worker, silent_ms, pid, "worker is stuck: killing the data plane");
                     child.kill();
                 }
-                _ => {}
             }
-            *was_late = state != Pulse::Fine;
+            *before = state;
         }
         healthy
     }

@@ -80,13 +80,9 @@ pub enum SteerError {
         refusals: String,
     },
     /// A map has no room for another entry.
-    #[error(
-        "{key} = {capacity}: the steering program has no room for another {entry}; raise {key} and restart"
-    )]
+    #[error("the steering program has room for {capacity} of them, and none for another {entry}")]
     Full {
-        /// Key of the gateway file.
-        key: &'static str,
-        /// Its value.
+        /// Entries that the map takes.
         capacity: u32,
         /// The entry, in words.
         entry: String,
@@ -130,7 +126,7 @@ impl fmt::Display for AttachMode {
 }
 
 macro_rules! steer_counters {
-    ($($variant:ident = $name:literal;)*) => {
+    ($($variant:ident = $name:literal, $help:literal;)*) => {
         /// What became of a packet at the steering program. In the order of `enum counter` in steer.bpf.c, which
         /// describes each.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -145,25 +141,30 @@ macro_rules! steer_counters {
             pub const fn name(self) -> &'static str {
                 match self { $(SteerCounter::$variant => $name),* }
             }
+
+            /// What it counts, as a sentence.
+            pub const fn help(self) -> &'static str {
+                match self { $(SteerCounter::$variant => $help),* }
+            }
         }
     };
 }
 
 steer_counters! {
-    PassNotIp = "pass_not_ip";
-    PassShort = "pass_short";
-    PassGroup = "pass_group";
-    PassNeighbor = "pass_neighbor";
-    PassLocal = "pass_local";
-    PassOther = "pass_other";
-    PassPlain = "pass_plain";
-    RedirectVip = "redirect_vip";
-    RedirectLocal = "redirect_local";
-    RedirectRouted = "redirect_routed";
-    RedirectSource = "redirect_source";
-    RedirectError = "redirect_error";
-    DropWorkerDead = "worker_dead";
-    DropNoSocket = "no_socket";
+    PassNotIp = "pass_not_ip", "To the kernel: neither IPv4 nor IPv6, such as ARP.";
+    PassShort = "pass_short", "To the kernel: too short for an IP header.";
+    PassGroup = "pass_group", "To the kernel: broadcast, multicast, link-local.";
+    PassNeighbor = "pass_neighbor", "To the kernel: neighbor and router discovery.";
+    PassLocal = "pass_local", "To the kernel: for the gateway itself.";
+    PassOther = "pass_other", "To the kernel: neither to nor from anything of ours.";
+    PassPlain = "pass_plain", "To the kernel, to be routed to pods for want of a live worker.";
+    RedirectVip = "redirect_vip", "To a worker: for an address of a Service.";
+    RedirectLocal = "redirect_local", "To a worker: for a NodePort, a host port or a masquerade port of an own address.";
+    RedirectRouted = "redirect_routed", "To a worker: for one of our prefixes.";
+    RedirectSource = "redirect_source", "To a worker: from one of our prefixes.";
+    RedirectError = "redirect_error", "To a worker: an ICMP error about a packet to an endpoint.";
+    DropWorkerDead = "worker_dead", "Dropped: ours, but its worker has not been heard of for too long.";
+    DropNoSocket = "no_socket", "Dropped: ours, but no worker serves its queue.";
 }
 
 const COUNTERS: usize = SteerCounter::ALL.len();
@@ -222,7 +223,8 @@ impl Steering {
         })
     }
 
-    /// Attaches the program to an interface as port `port`, by the first of `modes` that the interface takes.
+    /// Attaches the program to an interface as port `port`, by the first of `modes` that the interface takes. Returns that mode,
+    /// and why those before it were refused.
     ///
     /// # Errors
     /// [`SteerError::Occupied`] if another program is there, [`SteerError::NoXdp`] if no mode is taken.
@@ -232,17 +234,17 @@ impl Steering {
         interface: &str,
         ifindex: u32,
         modes: &[AttachMode],
-    ) -> Result<AttachMode, SteerError> {
+    ) -> Result<(AttachMode, String), SteerError> {
         self.ports.insert(ifindex, u32::from(port), 0).map_err(|cause| map_error("ports", &cause))?;
         let mut refusals = Vec::new();
         for mode in modes {
             match self.attach_as(ifindex, mode.xdp_mode()) {
-                Ok(()) => return Ok(*mode),
+                Ok(()) => return Ok((*mode, refusals.join("; "))),
                 // EBUSY: a link of another process. EEXIST: a program in the other path.
                 Err(cause) if is_errno(&cause, libc::EBUSY) || is_errno(&cause, libc::EEXIST) => {
                     return Err(SteerError::Occupied { interface: interface.into() });
                 }
-                Err(cause) => refusals.push(format!("{mode}: {}", chain(&cause))),
+                Err(cause) => refusals.push(format!("{mode}: {}", refusal(&cause))),
             }
         }
         Err(SteerError::NoXdp { interface: interface.into(), refusals: refusals.join("; ") })
@@ -283,7 +285,7 @@ impl Steering {
     /// Applies a change of the maps, entry by entry. What was applied before an error stays applied.
     ///
     /// # Errors
-    /// [`SteerError::Full`] names the setting to raise.
+    /// [`SteerError::Full`] if a map has no room.
     pub fn apply(&mut self, change: &SteerChange) -> Result<(), SteerError> {
         let sizes = self.sizes;
         for (addr, entry) in &change.addresses {
@@ -294,15 +296,13 @@ impl Steering {
                 }
                 None => self.addresses.remove(&key),
             };
-            settled(result, "addresses", "steering.addresses", sizes.addresses, || {
-                format!("address ({addr})")
-            })?;
+            settled(result, "addresses", sizes.addresses, || format!("address ({addr})"))?;
         }
         for (port, present) in &change.local_ports {
             let key = local_port_key(port);
             let result =
                 if *present { self.local_ports.insert(key, 1, 0) } else { self.local_ports.remove(&key) };
-            settled(result, "local_ports", "steering.local_ports", sizes.local_ports, || {
+            settled(result, "local_ports", sizes.local_ports, || {
                 format!("local port ({} port {}, protocol {})", port.addr, port.port, port.protocol)
             })?;
         }
@@ -312,7 +312,7 @@ impl Steering {
                 Some(flags) => self.prefixes.insert(&key, flags, 0),
                 None => self.prefixes.remove(&key),
             };
-            settled(result, "prefixes", "steering.prefixes", sizes.prefixes, || format!("prefix ({net})"))?;
+            settled(result, "prefixes", sizes.prefixes, || format!("prefix ({net})"))?;
         }
         self.contents.apply(change);
         Ok(())
@@ -362,6 +362,21 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// Why a driver took no program, in words where the kernel's number alone does not say it.
+fn refusal(cause: &ProgramError) -> String {
+    match errno(cause) {
+        Some(libc::EOPNOTSUPP) => "its driver has no XDP".into(),
+        // veth_xdp_set() of drivers/net/veth.c.
+        Some(libc::ENOSPC) => {
+            "the other end of the veth has more transmit queues than this end has receive queues".into()
+        }
+        Some(libc::ERANGE) => {
+            "the MTU of the interface, or of the other end of the veth, is too large for XDP".into()
+        }
+        _ => chain(cause),
+    }
+}
+
 fn load_error(what: &'static str, cause: &dyn std::error::Error) -> SteerError {
     SteerError::Load { what, cause: chain(cause) }
 }
@@ -390,7 +405,6 @@ fn is_errno(error: &(dyn std::error::Error + 'static), number: i32) -> bool {
 fn settled(
     result: Result<(), MapError>,
     map: &'static str,
-    key: &'static str,
     capacity: u32,
     entry: impl FnOnce() -> String,
 ) -> Result<(), SteerError> {
@@ -399,7 +413,7 @@ fn settled(
         Err(cause) => match errno(&cause) {
             Some(libc::ENOENT) => Ok(()),
             // Hash tables answer E2BIG, tries ENOSPC.
-            Some(libc::E2BIG | libc::ENOSPC) => Err(SteerError::Full { key, capacity, entry: entry() }),
+            Some(libc::E2BIG | libc::ENOSPC) => Err(SteerError::Full { capacity, entry: entry() }),
             _ => Err(map_error(map, &cause)),
         },
     }
