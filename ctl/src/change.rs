@@ -11,7 +11,7 @@ use crate::connection::{Connection, unexpected};
 use crate::get::Resource;
 use crate::print::{self, Output, Paint, Tint, notice, out, out_value};
 use crate::source::{self, SourceArgs};
-use crate::{COMMIT_SENT, Ending, Global};
+use crate::{COMMIT_SENT, Ending, Global, Usage};
 
 /// kubectl's values of `--dry-run`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -131,12 +131,12 @@ fn named(what: &str, names: &[String], namespace: &str) -> Result<Vec<ObjectRef>
         return all
             .map(|text| match text.split_once('/') {
                 Some((kind, name)) if !name.is_empty() => reference(kind, name),
-                _ => bail!("{text:?} is not KIND/NAME, as the other arguments are"),
+                _ => bail!(Usage(format!("{text:?} is not KIND/NAME, as the other arguments are"))),
             })
             .collect();
     }
     if names.is_empty() {
-        bail!("which {what}? name it, or say -f FILE");
+        bail!(Usage(format!("which {what}? name it, or say -f FILE")));
     }
     names.iter().map(|name| reference(what, name)).collect()
 }
@@ -149,7 +149,10 @@ fn kind_of(text: &str) -> Result<Kind> {
         Resource::Noun(Noun::Nodes) => Kind::Node,
         Resource::Noun(Noun::Pods) => Kind::Pod,
         Resource::Noun(Noun::Namespaces) => Kind::Namespace,
-        other => bail!("{} are not objects: they follow from the objects and from the kernel", other.name()),
+        other => bail!(Usage(format!(
+            "{} are not objects: they follow from the objects and from the kernel",
+            other.name()
+        ))),
     })
 }
 

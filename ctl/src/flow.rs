@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::connection::{Connection, unexpected, unexpected_item};
 use crate::get::{Row, View, add_row, table_of};
 use crate::print::{self, Cell, Output, Paint, Tint, age, notice, now_s, out, out_value, thousands};
-use crate::{Ending, Global};
+use crate::{Ending, Global, Usage};
 
 /// Arguments of `flows`.
 #[derive(clap::Args)]
@@ -171,7 +171,7 @@ pub fn run(global: &Global, args: &Args) -> Result<Ending> {
         Command::Flush { filter, all, output } => {
             let filter = filter.filter();
             if filter == FlowFilter::default() && !all {
-                bail!("this would remove every flow: say which ones, or --all");
+                bail!(Usage("this would remove every flow: say which ones, or --all".into()));
             }
             count(global, &Request::FlushFlows { filter }, *output, " removed")?;
         }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::connection::{Connection, unexpected_item};
 use crate::print::{Cell, Output, Paint, Table, notice, now_s, out, out_value};
-use crate::{Ending, Global, dns, flow};
+use crate::{Ending, Global, Usage, dns, flow};
 
 /// What can be listed, with kubectl's short names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +55,7 @@ impl Resource {
             Some((_, _, resource)) => Ok(*resource),
             None => {
                 let names: Vec<_> = RESOURCES.iter().map(|r| r.0).collect();
-                bail!("no resource is called {text:?}; there are {}", names.join(", "))
+                bail!(Usage(format!("no resource is called {text:?}; there are {}", names.join(", "))))
             }
         }
     }
@@ -209,17 +209,20 @@ impl Args {
             let query = |noun| Query { resource: Resource::Noun(noun), names: Vec::new(), optional: true };
             return match self.names.first() {
                 None => Ok(kinds.map(query).into()),
-                Some(name) => bail!("`get all` takes no names; which kind is {name:?}?"),
+                Some(name) => bail!(Usage(format!("`get all` takes no names; which kind is {name:?}?"))),
             };
         }
         if self.what.contains('/') {
             let mut queries = Vec::new();
             for text in std::iter::once(&self.what).chain(&self.names) {
                 let Some((kind, name)) = text.split_once('/').filter(|(_, name)| !name.is_empty()) else {
-                    bail!("{text:?} is not KIND/NAME, as the other arguments are")
+                    bail!(Usage(format!("{text:?} is not KIND/NAME, as the other arguments are")))
                 };
-                let resource = Resource::parse(kind)?;
-                queries.push(Query { resource, names: vec![name.to_owned()], optional: false });
+                let (resource, name) = (Resource::parse(kind)?, name.to_owned());
+                match queries.iter_mut().find(|query: &&mut Query| query.resource == resource) {
+                    Some(query) => query.names.push(name),
+                    None => queries.push(Query { resource, names: vec![name], optional: false }),
+                }
             }
             return Ok(queries);
         }
@@ -234,13 +237,13 @@ pub fn run(global: &Global, args: &Args) -> Result<Ending> {
     let queries = args.queries()?;
     for query in &queries {
         if query.resource == Resource::Flows && !query.names.is_empty() {
-            bail!("flows have no names; `towpathctl flows list` has filters");
+            bail!(Usage("flows have no names; `towpathctl flows list` has filters".into()));
         }
         if args.output == Output::Hosts && query.resource != Resource::Noun(Noun::Dns) {
-            bail!(
+            bail!(Usage(format!(
                 "-o hosts is a form of `get dns` only; {} has table, wide, json, yaml, name",
                 query.resource.name()
-            );
+            )));
         }
     }
     let connection = &mut global.connect()?;
@@ -297,7 +300,7 @@ fn rows_of(
         Noun::Workers => rows::<c::WorkerRow>(connection, args, query, paint),
         Noun::Dns if args.output == Output::Hosts => Ok(dns::hosts(&fetch(connection, args, query)?)),
         Noun::Dns => rows::<c::DnsRow>(connection, args, query, paint),
-        Noun::All => bail!("ask for `all` alone, or add -o yaml or -o json"),
+        Noun::All => bail!(Usage("ask for `all` alone, or add -o yaml or -o json".into())),
     }
 }
 
@@ -372,7 +375,10 @@ fn fetch<R: Row>(connection: &mut Connection, args: &Args, query: &Query) -> Res
 fn rows<R: Row>(connection: &mut Connection, args: &Args, query: &Query, paint: Paint) -> Result<String> {
     let rows: Vec<R> = fetch(connection, args, query)?;
     if args.output == Output::Name {
-        return Ok(rows.iter().map(|row| format!("{}/{}\n", R::SINGULAR, row.name())).collect());
+        let mut names: Vec<_> = rows.iter().map(|row| format!("{}/{}\n", R::SINGULAR, row.name())).collect();
+        // A slice has a row for each of its endpoints, a name one for each of its addresses.
+        names.dedup();
+        return Ok(names.concat());
     }
     if rows.is_empty() {
         match query.resource.is_namespaced() && !args.all_namespaces {

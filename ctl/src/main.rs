@@ -148,6 +148,18 @@ pub enum Ending {
     NotInForce,
 }
 
+/// The command line cannot be meant. With an empty text it is the context of a fault that says more.
+#[derive(Debug)]
+pub struct Usage(pub String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
 /// Set once a commit is on its way: from then on an interruption cannot take it back.
 pub static COMMIT_SENT: AtomicBool = AtomicBool::new(false);
 
@@ -163,7 +175,7 @@ fn main() -> ExitCode {
         Err(error) if error.is::<StdoutClosed>() => ExitCode::SUCCESS,
         Err(error) => {
             report(&global, &error);
-            ExitCode::from(if is_diff { 2 } else { 1 })
+            ExitCode::from(if is_diff || error.is::<Usage>() { 2 } else { 1 })
         }
     }
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use config::fault::Code;
 use config::object::{Manifest, parse};
 
+use crate::Usage;
 use crate::print::{self, Color, Paint, Tint, notice};
 
 /// Where objects come from.
@@ -69,7 +70,7 @@ fn expand(given: &[PathBuf], recursive: bool) -> Result<Vec<PathBuf>> {
     for path in given {
         if path.as_os_str() == "-" {
             if std::mem::replace(&mut stdin, true) {
-                bail!("-f - can be given once: standard input is read to its end");
+                bail!(Usage("-f - can be given once: standard input is read to its end".into()));
             }
             files.push(path.clone());
         } else if path.is_dir() {
@@ -92,7 +93,7 @@ fn expand(given: &[PathBuf], recursive: bool) -> Result<Vec<PathBuf>> {
         }
     }
     if files.is_empty() {
-        bail!("no objects: name a file, a folder or - with -f");
+        bail!(Usage("no objects: name a file, a folder or - with -f".into()));
     }
     Ok(files)
 }

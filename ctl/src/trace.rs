@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use config::control::{
     ActionDescription, EndpointDescription, FrontendDescription, Reply, Request, ServiceDescription, Trace,
 };
@@ -11,7 +11,7 @@ use config::packet::PacketSpec;
 use crate::connection::unexpected;
 use crate::endpoint::EndpointText;
 use crate::print::{self, Cell, Output, Paint, Table, Tint, out, out_value};
-use crate::{Ending, Global};
+use crate::{Ending, Global, Usage};
 
 /// Arguments of `trace`.
 #[derive(clap::Args)]
@@ -45,16 +45,20 @@ pub fn run(global: &Global, args: &Args) -> Result<Ending> {
 /// The word at fault, and how packets are written.
 pub fn packets(args: &[String]) -> Result<Vec<PacketSpec>> {
     if args.iter().any(|arg| arg.contains(char::is_whitespace)) {
-        return args.iter().map(|arg| Ok(arg.parse()?)).collect();
+        return args.iter().map(|arg| packet(arg)).collect();
     }
     let joined = args.join(" ");
     if !joined.contains('>') {
         // `tcp A > B` without quotes: the shell took `> B` as the name of a file.
-        bail!(
+        bail!(Usage(format!(
             "{joined:?} has no destination: quote the packet, such as 'tcp 198.51.100.7:4242 > 203.0.113.10:80'"
-        );
+        )));
     }
-    Ok(vec![joined.parse()?])
+    Ok(vec![packet(&joined)?])
+}
+
+fn packet(text: &str) -> Result<PacketSpec> {
+    text.parse().context(Usage(String::new()))
 }
 
 /// Prints traces: as text one after the other, as JSON or YAML one value, or a list of several.

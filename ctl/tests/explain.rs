@@ -255,8 +255,8 @@ fn a_gateway_file_changes_the_answer() {
     assert_eq!(local["reason"], "frontend_off");
 }
 
-fn fails(command: &mut Command, parts: &[&str]) {
-    let output = command.assert().code(1).stdout("");
+fn fails(command: &mut Command, code: i32, parts: &[&str]) {
+    let output = command.assert().code(code).stdout("");
     let stderr = text(&output.get_output().stderr);
     for part in parts {
         assert!(stderr.contains(part), "{part:?} is missing:\n{stderr}");
@@ -272,10 +272,11 @@ fn a_packet_at_fault_is_told_before_anything_is_read() {
         ("gre 198.51.100.7 > 203.0.113.10", &["protocol", "gre", "not one of"]),
         ("tcp", &["quote the packet"]),
     ] {
-        fails(&mut ctl(&["-f", "/nonexistent", packet]), parts);
+        fails(&mut ctl(&["-f", "/nonexistent", packet]), 2, parts);
     }
     fails(
         &mut ctl(&["-f", CLUSTER, "tcp 192.0.2.1:1 > 203.0.113.10:80 from eth7"]),
+        1,
         &["eth7", "outside, inside"],
     );
 }
@@ -286,12 +287,12 @@ fn objects_at_fault_name_file_field_value_and_remedy() {
     let wrong = "apiVersion: v1\nkind: Service\nmetadata: {name: a}\nspec:\n  ports:\n  - port: eighty\n";
     let parts =
         ["stdin:6 (document 1)", "Service default/a", "spec.ports[0].port", "eighty", "nothing was done"];
-    fails(ctl(&["-f", "-", packet]).write_stdin(wrong), &parts);
-    fails(ctl(&["-f", "-", packet]).write_stdin("kind: [unclosed\n"), &["stdin", "nothing was done"]);
-    fails(ctl(&["-f", "-", packet]).write_stdin(""), &["no objects to explain by", "kubectl get"]);
-    fails(&mut ctl(&["-f", "/nonexistent.yaml", packet]), &["/nonexistent.yaml"]);
-    fails(&mut ctl(&[packet]), &["-f"]);
-    fails(&mut ctl(&["-f", CLUSTER, "--config", CLUSTER, packet]), &["is no gateway file"]);
+    fails(ctl(&["-f", "-", packet]).write_stdin(wrong), 1, &parts);
+    fails(ctl(&["-f", "-", packet]).write_stdin("kind: [unclosed\n"), 1, &["stdin", "nothing was done"]);
+    fails(ctl(&["-f", "-", packet]).write_stdin(""), 1, &["no objects to explain by", "kubectl get"]);
+    fails(&mut ctl(&["-f", "/nonexistent.yaml", packet]), 1, &["/nonexistent.yaml"]);
+    fails(&mut ctl(&[packet]), 2, &["-f"]);
+    fails(&mut ctl(&["-f", CLUSTER, "--config", CLUSTER, packet]), 1, &["is no gateway file"]);
 }
 
 #[test]

@@ -411,7 +411,7 @@ fn flushing_everything_must_be_said() {
         daemon.ctl(args).assert()
     };
     flush(&["flows", "flush"])
-        .code(1)
+        .code(2)
         .stderr("error: this would remove every flow: say which ones, or --all\n");
     flush(&["flows", "flush", "--all"]).code(0).stdout("1,234 flows removed\n");
     flush(&["flows", "flush", "--vip", "203.0.113.10:80"]).code(0);
