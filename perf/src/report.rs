@@ -186,3 +186,55 @@ impl fmt::Display for Report {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sink::Judge;
+
+    fn sent(packets: u64) -> Sent {
+        Sent { packets, flows: 7, late_max_ns: 1500, from_ns: 1_000_000_000, to_ns: 3_000_000_000 }
+    }
+
+    fn report(received: &Received) -> Report {
+        Report::new("test", 500.0, 60, &sent(1000), received, 0.5)
+    }
+
+    #[test]
+    fn what_did_not_arrive_is_lost_and_no_mistake() {
+        let mut received = Judge::new(vec![]).finish();
+        received.packets = 990;
+        received.sink_dropped = 4;
+        let made = report(&received);
+        assert_eq!((made.sent, made.received, made.lost, made.lost_at_sink), (1000, 990, 10, 4));
+        assert_eq!((made.rate_sent, made.rate_received, made.loss()), (500.0, 495.0, 0.01));
+        assert!(made.is_correct());
+        // What the sink dropped may be packets of others, and never is more than what is missing.
+        received.sink_dropped = 99;
+        assert_eq!(report(&received).lost_at_sink, 10);
+    }
+
+    #[test]
+    fn mistakes_are_told_apart_in_text_and_json() {
+        for (name, of) in [
+            ("duplicates", (|r| &mut r.duplicates) as fn(&mut Received) -> &mut u64),
+            ("wrong_endpoint", |r| &mut r.wrong_endpoint),
+            ("damaged", |r| &mut r.damaged),
+            ("reordered", |r| &mut r.reordered),
+            ("foreign", |r| &mut r.foreign),
+        ] {
+            let mut received = Judge::new(vec![]).finish();
+            *of(&mut received) = 3;
+            let made = report(&received);
+            // Order is not promised by anybody, and what is not ours is none of ours.
+            assert_eq!(made.is_correct(), ["reordered", "foreign"].contains(&name), "{name}");
+            let json = serde_json::to_value(&made).unwrap();
+            for other in ["duplicates", "wrong_endpoint", "damaged", "reordered", "foreign"] {
+                assert_eq!(json[other], if other == name { 3 } else { 0 }, "{other} in {json}");
+            }
+            let text = made.to_string();
+            let line = text.lines().find(|line| line.trim_start().starts_with(&name.replace('_', " ")));
+            assert!(line.is_some_and(|line| line.trim_end().ends_with(" 3")), "{text}");
+        }
+    }
+}

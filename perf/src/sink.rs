@@ -149,6 +149,11 @@ impl Judge {
         self.received.packets += 1;
         self.received.latency_ns.saturating_record(now_ns.saturating_sub(seen.intended_ns).max(1));
     }
+
+    /// What was judged.
+    pub fn finish(self) -> Received {
+        self.received
+    }
 }
 
 /// Receives into a [`Judge`], a burst at a time.
@@ -193,7 +198,7 @@ impl Sink {
     /// What was received.
     pub fn finish(self) -> Received {
         let kernel = self.socket.statistics().unwrap_or_default();
-        let mut received = self.judge.received;
+        let mut received = self.judge.finish();
         received.sink_dropped = kernel.rx_dropped + kernel.rx_ring_full + kernel.rx_fill_ring_empty_descs;
         received
     }
@@ -238,7 +243,7 @@ mod tests {
         judge.judge(&elsewhere, 3000);
         Flow::new(&flows, 8).next(Kind::Measured, 1000, &mut elsewhere);
         judge.judge(&elsewhere, 3000);
-        let received = judge.received;
+        let received = judge.finish();
         assert_eq!((received.packets, received.duplicates, received.reordered), (7, 2, 1));
         assert_eq!((received.wrong_endpoint, received.damaged, received.foreign), (2, 1, 1));
         assert_eq!(received.latency_ns.len(), 7);
