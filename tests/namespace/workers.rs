@@ -9,21 +9,11 @@ use std::time::{Duration, Instant};
 
 use tests::cluster::{Cluster, GATEWAY, VIP, VIP6};
 use tests::length;
+use tests::worker::{self, Hung};
 
 /// Kernel threads of the workers, in the order of their indexes: thread id and folder in /proc.
 fn workers(cluster: &Cluster) -> Vec<(i32, PathBuf)> {
-    let pid = cluster.daemon().data_plane().expect("a data plane runs");
-    let mut found: Vec<(String, i32, PathBuf)> = std::fs::read_dir(format!("/proc/{pid}/task"))
-        .unwrap()
-        .flatten()
-        .filter_map(|entry| {
-            let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
-            let id = entry.file_name().to_str()?.parse().ok()?;
-            name.starts_with("towpath-work").then_some((name, id, entry.path()))
-        })
-        .collect();
-    found.sort();
-    found.into_iter().map(|(_, id, path)| (id, path)).collect()
+    worker::threads(cluster.daemon().data_plane().expect("a data plane runs")).unwrap()
 }
 
 /// CPU time of a thread so far, in hundredths of a second.
@@ -73,7 +63,7 @@ fn an_idle_worker_costs_little_and_wakes_at_once() {
 fn a_worker_that_hangs_is_named_and_goes_on_without_doubling_anything() {
     let cluster = Cluster::with("hang", 1, 2, &two_workers()).unwrap();
     let (victim, _) = workers(&cluster).remove(1);
-    let hung = Hung::new(victim);
+    let hung = Hung::new(victim).unwrap();
     let start = Instant::now();
     let problem = loop {
         let problems = cluster.daemon().status().unwrap().problems;
@@ -102,38 +92,6 @@ fn a_worker_that_hangs_is_named_and_goes_on_without_doubling_anything() {
             .unwrap();
     }
     cluster.finish(&["no_flow", "echo_answered"]).unwrap();
-}
-
-/// A thread that is stopped alone, as a debugger stops it; it goes on when this is dropped.
-struct Hung {
-    thread: libc::pid_t,
-}
-
-#[allow(unsafe_code)] // ptrace has no safe wrapper.
-impl Hung {
-    fn new(thread: libc::pid_t) -> Hung {
-        let none = std::ptr::null_mut::<libc::c_void>();
-        // SAFETY: neither request reads or writes memory; the thread belongs to a child of this test.
-        let stopped = unsafe {
-            libc::ptrace(libc::PTRACE_SEIZE, thread, none, none) == 0
-                && libc::ptrace(libc::PTRACE_INTERRUPT, thread, none, none) == 0
-        };
-        assert!(stopped, "ptrace: {}", std::io::Error::last_os_error());
-        let mut status = 0;
-        // SAFETY: `status` outlives the call.
-        let waited = unsafe { libc::waitpid(thread, &mut status, libc::__WALL) };
-        assert_eq!(waited, thread);
-        Hung { thread }
-    }
-}
-
-impl Drop for Hung {
-    #[allow(unsafe_code)]
-    fn drop(&mut self) {
-        let none = std::ptr::null_mut::<libc::c_void>();
-        // SAFETY: as above.
-        unsafe { libc::ptrace(libc::PTRACE_DETACH, self.thread, none, none) };
-    }
 }
 
 /// The client's link loses a queue and gets it back: packets of known flows come in by another queue, and so by another worker,

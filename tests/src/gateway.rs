@@ -377,13 +377,16 @@ fn total(stats: &Stats, name: &str) -> u64 {
     stats.totals.iter().find(|count| count.name == name).map_or(0, |count| count.value)
 }
 
-/// The gateway file with the paths of this run.
-fn with_paths(config: &str, folder: &Path, region: &Path) -> String {
+/// The gateway file with the paths of this run: `[control]` may be in it, `[flows]` must be.
+pub fn with_paths(config: &str, folder: &Path, region: &Path) -> String {
     let folder = folder.display();
-    let control =
-        format!("\n[control]\nsocket = \"{folder}/control.sock\"\nstate_dir = \"{folder}/state\"\n");
+    let control = format!("[control]\nsocket = \"{folder}/control.sock\"\nstate_dir = \"{folder}/state\"");
     let flows = format!("[flows]\nregion = \"{}\"", region.display());
-    format!("{}{control}", config.replacen("[flows]", &flows, 1))
+    let config = config.replacen("[flows]", &flows, 1);
+    match config.contains("[control]") {
+        true => config.replacen("[control]", &control, 1),
+        false => format!("{config}\n{control}\n"),
+    }
 }
 
 /// Pids of the children of a process.

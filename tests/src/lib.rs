@@ -20,3 +20,4 @@ pub mod process;
 pub mod pure;
 pub mod twin;
 pub mod wire;
+pub mod worker;
