@@ -136,10 +136,20 @@ impl Report {
         self.duplicates == 0 && self.wrong_endpoint == 0 && self.damaged == 0
     }
 
-    /// The scenario in one line.
+    /// The scenario in one line; mistakes are in it if there are any.
     pub fn line(&self) -> String {
+        let mut mistakes = String::new();
+        for (count, what) in [
+            (self.duplicates, "duplicates"),
+            (self.wrong_endpoint, "at a wrong endpoint"),
+            (self.damaged, "damaged"),
+        ] {
+            if count > 0 {
+                mistakes += &format!(", {count} {what}");
+            }
+        }
         format!(
-            "{}: {:.3} Mpps of {:.3}, loss {:.4} %, latency p50 {:.1} us, p99 {:.1} us, {:.0} packets per busy CPU-second, {} lost at the sink, {}, Linux {}, commit {}",
+            "{}: {:.3} Mpps of {:.3}, loss {:.4} %{mistakes}, latency p50 {:.1} us, p99 {:.1} us, {:.0} packets per busy CPU-second, {} lost at the sink, {}, Linux {}, commit {}",
             self.scenario,
             self.rate_received / 1e6,
             self.rate_asked / 1e6,
@@ -202,7 +212,7 @@ mod tests {
 
     #[test]
     fn what_did_not_arrive_is_lost_and_no_mistake() {
-        let mut received = Judge::new(vec![]).finish();
+        let mut received = Judge::new(vec![], 0).finish();
         received.packets = 990;
         received.sink_dropped = 4;
         let made = report(&received);
@@ -223,11 +233,12 @@ mod tests {
             ("reordered", |r| &mut r.reordered),
             ("foreign", |r| &mut r.foreign),
         ] {
-            let mut received = Judge::new(vec![]).finish();
+            let mut received = Judge::new(vec![], 0).finish();
             *of(&mut received) = 3;
             let made = report(&received);
             // Order is not promised by anybody, and what is not ours is none of ours.
             assert_eq!(made.is_correct(), ["reordered", "foreign"].contains(&name), "{name}");
+            assert_eq!(made.line().contains(", 3 "), !made.is_correct(), "{}", made.line());
             let json = serde_json::to_value(&made).unwrap();
             for other in ["duplicates", "wrong_endpoint", "damaged", "reordered", "foreign"] {
                 assert_eq!(json[other], if other == name { 3 } else { 0 }, "{other} in {json}");

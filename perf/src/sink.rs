@@ -22,7 +22,7 @@ pub struct Received {
     pub wrong_endpoint: u64,
     /// Packets with a wrong checksum.
     pub damaged: u64,
-    /// Packets that are not ours.
+    /// Packets that are not of this run: of somebody else, or left over from a run before.
     pub foreign: u64,
     /// Packets dropped by the kernel in front of the sink: the sink was too slow, the gateway is not at fault.
     pub sink_dropped: u64,
@@ -71,6 +71,7 @@ impl FlowState {
 /// Judges packets one by one.
 pub struct Judge {
     expected: Vec<Target>,
+    since_ns: u64,
     endpoints: Vec<(IpAddr, u16)>,
     flows: Vec<Box<[FlowState]>>,
     received: Received,
@@ -79,10 +80,12 @@ pub struct Judge {
 const PAGE: usize = 1 << 16;
 
 impl Judge {
-    /// A judge that lets packets arrive at `expected` only; anywhere, if that is empty.
-    pub fn new(expected: Vec<Target>) -> Judge {
+    /// A judge that lets packets arrive at `expected` only; anywhere, if that is empty. Packets that should have left before
+    /// `since_ns` are of another run: rings that are full when a run ends give their packets to the next.
+    pub fn new(expected: Vec<Target>, since_ns: u64) -> Judge {
         Judge {
             expected,
+            since_ns,
             endpoints: vec![],
             flows: vec![],
             received: Received {
@@ -129,6 +132,10 @@ impl Judge {
             self.received.damaged += 1;
             return;
         }
+        if seen.intended_ns < self.since_ns {
+            self.received.foreign += 1;
+            return;
+        }
         let endpoint = self.endpoint(seen.endpoint);
         let flow = self.flow(seen.flow);
         let moved = flow.endpoint != 0 && flow.endpoint != endpoint;
@@ -168,8 +175,9 @@ pub struct Sink {
 impl Sink {
     /// A sink that lets packets arrive at `expected` only; anywhere, if that is empty.
     pub fn new(socket: Socket, pool: FramePool, expected: Vec<Target>) -> Sink {
-        let judge = Judge::new(expected);
-        Sink { socket, pool, judge, burst: Burst::with_capacity(64), last_ns: now_ns() }
+        let now_ns = now_ns();
+        let judge = Judge::new(expected, now_ns);
+        Sink { socket, pool, judge, burst: Burst::with_capacity(64), last_ns: now_ns }
     }
 
     /// Judges what has come, at most a burst. False if nothing has.
@@ -226,7 +234,7 @@ mod tests {
                 packet
             })
             .collect();
-        let mut judge = Judge::new(vec!["10.0.1.1-10.0.1.4:80".parse().unwrap()]);
+        let mut judge = Judge::new(vec!["10.0.1.1-10.0.1.4:80".parse().unwrap()], 1000);
         for i in [0, 1, 3, 2, 3, 3, 4] {
             judge.judge(&packets[i], 3000);
         }
@@ -243,9 +251,12 @@ mod tests {
         judge.judge(&elsewhere, 3000);
         Flow::new(&flows, 8).next(Kind::Measured, 1000, &mut elsewhere);
         judge.judge(&elsewhere, 3000);
+        // Left over from a run before.
+        Flow::new(&flows, 3).next(Kind::Measured, 999, &mut elsewhere);
+        judge.judge(&elsewhere, 3000);
         let received = judge.finish();
         assert_eq!((received.packets, received.duplicates, received.reordered), (7, 2, 1));
-        assert_eq!((received.wrong_endpoint, received.damaged, received.foreign), (2, 1, 1));
+        assert_eq!((received.wrong_endpoint, received.damaged, received.foreign), (2, 1, 2));
         assert_eq!(received.latency_ns.len(), 7);
         assert_eq!(received.latency_ns.max(), 2000);
     }
