@@ -135,6 +135,8 @@ impl Holding {
             }
             batch.deadline_ns = deadline_ns;
             judge(batch, self);
+            // Those that come next have not waited.
+            batch.deadline_ns = 0;
         }
     }
 

@@ -238,6 +238,28 @@ fn packets_wait_for_their_next_hop_and_leave_when_it_is_known() {
 }
 
 #[test]
+fn a_packet_waits_its_own_time_whatever_has_waited_before() {
+    let mut rig = Rig::new();
+    rig.publish_fib(2, None);
+    rig.deliver("10.2.0.77");
+    rig.round();
+    rig.publish_fib(3, Some(NEXT_HOP_MAC));
+    rig.round();
+    assert_eq!((rig.sent().len(), rig.count(Counter::held)), (1, 1));
+    // Long after the time of the first one.
+    rig.now_ns += 5 * SECOND_NS;
+    rig.publish_fib(4, None);
+    rig.deliver("10.2.0.77");
+    rig.round();
+    rig.round();
+    assert_eq!((rig.running.holding.len(), rig.count(Counter::held)), (1, 2));
+    rig.publish_fib(5, Some(NEXT_HOP_MAC));
+    rig.round();
+    assert_eq!((rig.sent().len(), rig.reason(Reason::NeighborUnresolved)), (1, 0));
+    rig.check_conservation();
+}
+
+#[test]
 fn a_generation_is_in_force_when_older_frames_have_left() {
     let mut rig = Rig::new();
     rig.round();
