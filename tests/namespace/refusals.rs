@@ -17,9 +17,9 @@ use tests::cluster::{Cluster, GATEWAY, VIP};
 use tests::probe;
 
 /// Datagrams a second that go through the gateway meanwhile.
-const RATE: u64 = 20_000;
+const RATE: u64 = 10_000;
 
-/// A cluster with room in its rings for what comes in while this machine is busy with others (1.6 s), a small staging budget, and a node
+/// A cluster with room in its rings for what comes in while this machine is busy with others (3 s), a small staging budget, and a node
 /// that lets the datagrams of [`undisturbed`] be seen and then forgets them.
 fn cluster(name: &str) -> Cluster {
     let config = format!(

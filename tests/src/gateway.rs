@@ -213,7 +213,7 @@ impl Towpathd {
 
     /// Notes what the processes hold now, after warm-up; [`Towpathd::finish`] compares.
     pub fn warmed_up(&mut self) -> Result<()> {
-        self.resources = self.measure()?;
+        self.resources = self.at_rest()?;
         Ok(())
     }
 
@@ -251,7 +251,7 @@ impl Towpathd {
     pub fn finish(mut self, allowed: &[&str]) -> Result<()> {
         self.check(allowed)?;
         if self.resources.descriptors > 0 {
-            let (before, now) = (self.resources, self.measure()?);
+            let (before, now) = (self.resources, self.at_rest()?);
             ensure!(
                 now.descriptors == before.descriptors && now.threads == before.threads,
                 "A4: {before:?} after warm-up, {now:?} at the end"
@@ -319,6 +319,22 @@ impl Towpathd {
             ensure!(start.elapsed() < PATIENCE, "A2: frames do not add up: {:#?}", stats.workers);
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// What the data plane holds once nothing of it comes and goes: the client that asked last may not be closed yet.
+    fn at_rest(&self) -> Result<Resources> {
+        let (mut last, mut same) = (self.measure()?, 0);
+        for _ in 0..100 {
+            std::thread::sleep(Duration::from_millis(20));
+            let now = self.measure()?;
+            same =
+                if (now.descriptors, now.threads) == (last.descriptors, last.threads) { same + 1 } else { 0 };
+            last = now;
+            if same == 5 {
+                break;
+            }
+        }
+        Ok(last)
     }
 
     fn measure(&self) -> Result<Resources> {
