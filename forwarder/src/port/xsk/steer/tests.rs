@@ -387,7 +387,7 @@ fn an_error_about_a_packet_to_an_endpoint_is_ours_whoever_sends_it() {
 }
 
 #[test]
-fn a_full_map_names_the_setting_to_raise() {
+fn a_full_map_names_the_entry_and_its_room() {
     if loaded(&SteerSet::default()).is_none() {
         return;
     }
@@ -399,13 +399,13 @@ fn a_full_map_names_the_setting_to_raise() {
     }
     let (grow, _) = Contents::default().difference(&set.contents());
     let error = steering.apply(&grow).unwrap_err().to_string();
-    assert!(error.contains("steering.prefixes = 2") && error.contains("10.244.0.3/32"), "{error}");
+    assert!(error.contains("room for 2") && error.contains("prefix (10.244.0.3/32)"), "{error}");
     // A preallocated hash table has a few spare entries for each CPU, so this takes more.
     set = SteerSet::default();
     set.vips.extend((0..=255).map(|low| IpAddr::from([203, 0, 113, low])));
     let (grow, _) = Contents::default().difference(&set.contents());
     let error = steering.apply(&grow).unwrap_err().to_string();
-    assert!(error.contains("steering.addresses = 2"), "{error}");
+    assert!(error.contains("room for 2") && error.contains("203.0.113."), "{error}");
 }
 
 #[test]
