@@ -84,7 +84,7 @@ fn internal_local_cycle(test: &mut Test) -> Result<()> {
 }
 
 /// Each client sends to each address from one port all the time, while the only pod of `svc-udp` is replaced by another, on
-/// these nodes. Each change must hold for every datagram that is sent after it.
+/// these nodes. Each change must hold for every datagram that is sent after it. Rule 9.2.
 pub fn cycle(test: &mut Test, clients: &[Place], to: &[SocketAddr], nodes: [&str; 2]) -> Result<()> {
     // Before there are endpoints; and replies of a pod whose flow has just been given to the next one.
     test.allow("no_endpoints");
@@ -179,7 +179,7 @@ fn judge(requests: &[Request], (from, to, pod): &Phase) -> Result<()> {
     Ok(())
 }
 
-/// A client that began before the pod was ready is served once it is; nothing remembers that it was refused.
+/// A client that began before the pod was ready is served once it is; nothing remembers that it was refused. Rule 4.7.
 fn unready_at_first(test: &mut Test) -> Result<()> {
     test.allow("no_endpoints");
     let service = test.create(udp_service(Type::ClusterIp))?;
@@ -204,6 +204,7 @@ fn unready_at_first(test: &mut Test) -> Result<()> {
 
 /// The server sends a packet that is no part of the connection: it must arrive as from the Service's address, where the
 /// client's kernel knows what to think of it. As from the pod, it would be answered with a reset that ends the connection.
+/// Rule 9.5.
 fn invalid_packets(test: &mut Test) -> Result<()> {
     let service = test.create(Service::new("boom-server").port(Tcp, 9000, 9000))?;
     let client = test.start(pod("startup-script", "node-1"))?;

@@ -111,7 +111,7 @@ fn reach_pod(test: &mut Test) -> Result<()> {
 }
 
 /// A Service of these families in front of dual-stack pods: it is served in these families and no other, and the first one
-/// is that of `clusterIP`.
+/// is that of `clusterIP`. Rule 11.1.
 fn service(test: &mut Test, families: &[Family]) -> Result<()> {
     let pods = test.replicas("dualstack-service", 2, &[Tcp, Udp])?;
     let service = Service::new("dualstack-service").port(Tcp, 80, 80).port(Udp, 80, 80);

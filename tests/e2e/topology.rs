@@ -73,7 +73,7 @@ fn set_zones(test: &mut Test, zones: [&str; 3]) -> Result<()> {
     Ok(())
 }
 
-/// Servers in two of three zones: whoever has one in its zone asks that one, the others ask all.
+/// Servers in two of three zones: whoever has one in its zone asks that one, the others ask all. Rules 3.6, 3.9.
 fn same_zone(test: &mut Test, hints: Hints) -> Result<()> {
     set_zones(test, ["zone-a", "zone-b", "zone-c"])?;
     start_clients(test)?;
@@ -107,7 +107,7 @@ fn several_nodes(test: &mut Test, hints: Hints) -> Result<()> {
     reaches_in_zone(test, &service, "zone-c", &servers)
 }
 
-/// A server on the gateway's own node; then only others in its zone; then none there.
+/// A server on the gateway's own node; then only others in its zone; then none there. Rule 3.7.
 fn same_node(test: &mut Test) -> Result<()> {
     set_zones(test, ["zone-a", "zone-b", "zone-b"])?;
     start_clients(test)?;

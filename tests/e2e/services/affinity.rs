@@ -63,6 +63,7 @@ fn begin(test: &mut Test, type_: Type, affinity_s: Option<u32>) -> Result<(Place
     Ok((client, addresses))
 }
 
+/// Rules 8.1, 8.2.
 fn works(test: &mut Test, type_: Type) -> Result<()> {
     let (client, addresses) = begin(test, type_, Some(10_800))?;
     for to in &addresses {
@@ -77,7 +78,7 @@ fn works(test: &mut Test, type_: Type) -> Result<()> {
     Ok(())
 }
 
-/// Each new connection refreshes it; a client that stays away for longer finds another pod in the end.
+/// Each new connection refreshes it; a client that stays away for longer finds another pod in the end. Rules 8.3, 8.4.
 fn expires(test: &mut Test, type_: Type) -> Result<()> {
     let timeout_s = 2;
     let (client, addresses) = begin(test, type_, Some(timeout_s))?;
@@ -99,6 +100,7 @@ fn expires(test: &mut Test, type_: Type) -> Result<()> {
     bail!("ten times away for more than {timeout_s} s, and always back to {first}")
 }
 
+/// Rule 8.6.
 fn switches(test: &mut Test, type_: Type) -> Result<()> {
     let (client, addresses) = begin(test, type_, None)?;
     for to in &addresses {

@@ -106,6 +106,7 @@ fn same_port_of_load_balancer(test: &mut Test) -> Result<()> {
     Ok(())
 }
 
+/// Rule 4.5.
 fn ports_come_and_go(test: &mut Test) -> Result<()> {
     let service = test.create(Service::new("edit-port-test").port(Tcp, 80, 80))?;
     let client = test.start(pod("execpod", "node-1"))?;
@@ -123,6 +124,7 @@ fn ports_come_and_go(test: &mut Test) -> Result<()> {
     test.rejected(&client, Udp, first[0], "unknown_port")
 }
 
+/// Rule 5.5.
 fn source_is_kept(test: &mut Test) -> Result<()> {
     let service = test.create(Service::new("sourceip-test").port(Tcp, 8080, 8080))?;
     test.start(pod("echo-sourceip", "node-1").of("sourceip-test").listen(Tcp, 8080))?;
@@ -138,6 +140,7 @@ fn source_is_kept(test: &mut Test) -> Result<()> {
     Ok(())
 }
 
+/// Rule 5.6.
 fn hairpin(test: &mut Test) -> Result<()> {
     let service = test.create(Service::new("hairpin-test").port(Tcp, 8080, 80).port(Udp, 8080, 80))?;
     let this = test.start(pod("hairpin", "node-1").of("hairpin-test").listen(Tcp, 80).listen(Udp, 80))?;
@@ -215,10 +218,12 @@ fn proxy_restarts(test: &mut Test) -> Result<()> {
     Ok(())
 }
 
+/// Rule 1.4.
 fn other_proxy(test: &mut Test) -> Result<()> {
     labelled(test, "service.kubernetes.io/service-proxy-name", "foo-bar")
 }
 
+/// Rule 1.4.
 fn headless_label(test: &mut Test) -> Result<()> {
     labelled(test, "service.kubernetes.io/headless", "")
 }
@@ -247,6 +252,7 @@ fn labelled(test: &mut Test, label: &str, value: &str) -> Result<()> {
     Ok(())
 }
 
+/// Rules 4.1, 4.2, 4.4.
 fn no_endpoints(test: &mut Test) -> Result<()> {
     let service = Service::new("no-pods").of_type(Type::NodePort).port(Tcp, 80, 80).port(Udp, 80, 80);
     let service = test.create(service)?;
@@ -277,7 +283,7 @@ fn evicted(test: &mut Test) -> Result<()> {
     Ok(())
 }
 
-/// No SCTP of the kernel: associations are made by raw packets.
+/// No SCTP of the kernel: associations are made by raw packets. Rule 11.2.
 fn sctp(test: &mut Test) -> Result<()> {
     let service = test.create(Service::new("sctp-endpoint-test").port(Sctp, 5060, 5060))?;
     let client = test.start(pod("client", "node-2"))?;

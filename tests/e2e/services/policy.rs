@@ -44,6 +44,7 @@ fn internal_node_to_pod(test: &mut Test) -> Result<()> {
     internal_local(test, &client)
 }
 
+/// Rule 4.1.
 fn internal_local(test: &mut Test, client: &Place) -> Result<()> {
     let service = Service::new("svc-itp").port(Tcp, 80, 80).port(Udp, 80, 80);
     let service = test.create(service.with(|service| service.internal_local = true))?;
@@ -64,6 +65,7 @@ fn internal_local(test: &mut Test, client: &Place) -> Result<()> {
     Ok(())
 }
 
+/// Rules 4.2, 4.3, 5.2, 5.3, 14.2.
 fn external_node_port(test: &mut Test) -> Result<()> {
     let service = Service::new("external-local-nodeport").of_type(Type::NodePort).port(Tcp, 80, 80);
     let service = test.create(service.with(|service| service.external_local = true))?;
@@ -91,6 +93,7 @@ fn keeps_the_client(test: &Test, from: &Place, to: &[SocketAddr], pods: &[&str])
     Ok(())
 }
 
+/// Rules 5.1, 10.1, 10.3.
 fn policy_changes(test: &mut Test) -> Result<()> {
     let service = Service::new("external-local-update").of_type(Type::LoadBalancer).port(Tcp, 80, 80);
     let service = test.create(service.with(|service| service.external_local = true))?;
@@ -117,6 +120,7 @@ fn policy_changes(test: &mut Test) -> Result<()> {
     is_unhealthy(&client, &health)
 }
 
+/// Rule 10.2.
 fn health_of_terminating(test: &mut Test) -> Result<()> {
     let service = Service::new("svc-proxy-terminating").of_type(Type::LoadBalancer).port(Tcp, 80, 80);
     let service = test.create(service.with(|service| service.external_local = true))?;

@@ -55,7 +55,7 @@ fn unready(test: &mut Test) -> Result<()> {
     test.delete("slow-terminating")
 }
 
-/// A ready pod, one that is not, one that terminates, and one that does both.
+/// A ready pod, one that is not, one that terminates, and one that does both. Rule 3.5.
 fn published(test: &mut Test, publish: bool) -> Result<()> {
     let mut service = Service::new("webserver").of_type(Type::NodePort).port(Tcp, 80, 80);
     service.publish_not_ready = publish;
@@ -87,6 +87,7 @@ fn published(test: &mut Test, publish: bool) -> Result<()> {
     Ok(())
 }
 
+/// Rules 3.1, 9.1.
 fn internal_cluster(test: &mut Test) -> Result<()> {
     let service = test.create(Service::new("webserver").port(Tcp, 80, 80))?;
     let addresses = at(&service.cluster_ips, 80);
@@ -107,6 +108,7 @@ fn internal_cluster(test: &mut Test) -> Result<()> {
     Ok(())
 }
 
+/// Rules 3.2, 3.3.
 fn internal_local(test: &mut Test) -> Result<()> {
     let service = test.create(Service::new("webserver").port(Tcp, 80, 80).with(|service| {
         service.internal_local = true;
