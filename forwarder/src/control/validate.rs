@@ -166,20 +166,7 @@ impl Judge<'_> {
                 let message = format!("is the address of an endpoint in {slice}");
                 self.conflict(&address.field, address.addr, message, "a Service cannot be its own endpoint");
             }
-            for port in &service.ports {
-                let claim = Claim::Frontend(address.addr, port.port, port.protocol);
-                if let Some(other) = self.state.claims().other(claim, self.me) {
-                    let value =
-                        format!("{} port {}/{}", address.addr, port.port, protocol_name(port.protocol));
-                    let message = format!("is taken by {other}");
-                    self.conflict(
-                        &address.field,
-                        value,
-                        message,
-                        "give one of the two another address or port",
-                    );
-                }
-            }
+            self.shared_address(address, service);
         }
         for (index, port) in service.ports.iter().enumerate() {
             if let Some(node_port) = port.node_port {
@@ -300,6 +287,29 @@ impl Judge<'_> {
                 );
             }
             self.not_a_service(field, *addr, "give the Pod or the Service another address");
+        }
+    }
+
+    /// A ClusterIP belongs to one Service. Addresses of load balancers and externalIPs may be shared, port by port.
+    fn shared_address(&mut self, address: &ServiceAddress, service: &ServiceFacts) {
+        let claims = self.state.claims();
+        let ServiceAddress { addr, kind, field } = address;
+        if let Some(other) = claims.other(Claim::ClusterIp(*addr), self.me) {
+            let message = format!("is the ClusterIP of {other}");
+            return self.conflict(field, addr, message, "give each Service a ClusterIP of its own");
+        }
+        if *kind == AddressKind::Cluster
+            && let Some(other) = claims.other(Claim::Vip(*addr), self.me)
+        {
+            let message = format!("is an address of {other}");
+            return self.conflict(field, addr, message, "give each Service a ClusterIP of its own");
+        }
+        for port in &service.ports {
+            if let Some(other) = claims.other(Claim::Frontend(*addr, port.port, port.protocol), self.me) {
+                let value = format!("{addr} port {}/{}", port.port, protocol_name(port.protocol));
+                let message = format!("is taken by {other}");
+                self.conflict(field, value, message, "give one of the two another address or port");
+            }
         }
     }
 

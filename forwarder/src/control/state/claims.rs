@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use super::Entry;
 use crate::addr::{Addr, protocol};
-use crate::control::facts::Facts;
+use crate::control::facts::{AddressKind, Facts};
 
 /// Something that an object claims.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -20,6 +20,8 @@ pub enum Claim {
     NodePort(u16, u8),
     /// A Service: an address of any kind.
     Vip(Addr),
+    /// A Service: its ClusterIP, which is nobody else's, whatever the ports (kubernetes pkg/registry/core/service/ipallocator).
+    ClusterIp(Addr),
     /// A Pod: its address, unless that is its node's.
     PodAddress(Addr),
     /// A Node: any of its addresses.
@@ -117,6 +119,9 @@ fn claims(entry: &Entry) -> Vec<Claim> {
         Facts::Service(service) => {
             for address in &service.addresses {
                 claims.push(Claim::Vip(address.addr));
+                if address.kind == AddressKind::Cluster {
+                    claims.push(Claim::ClusterIp(address.addr));
+                }
                 claims.extend(
                     service.ports.iter().map(|port| Claim::Frontend(address.addr, port.port, port.protocol)),
                 );

@@ -166,8 +166,8 @@ fn loading_takes_what_can_be_taken() {
     assert_eq!(state.len(), 2);
     assert_eq!(notes.len(), 1);
     assert!(
-        notes[0].to_string().contains("is taken by Service default/thief")
-            || notes[0].to_string().contains("is taken by Service default/web")
+        notes[0].to_string().contains("is the ClusterIP of Service default/thief")
+            || notes[0].to_string().contains("is the ClusterIP of Service default/web")
     );
 }
 

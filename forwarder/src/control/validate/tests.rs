@@ -44,17 +44,48 @@ fn refuses(first: &str, second: &str, field: &str, words: &str) {
 }
 
 #[test]
-fn two_services_on_one_address_and_port() {
+fn two_services_with_one_cluster_ip() {
     let web = service("web", "clusterIP: 10.96.0.1, ports: [{port: 80}]");
-    let same = service("other", "clusterIP: 10.96.0.1, ports: [{port: 80}]");
-    refuses(&web, &same, "spec.clusterIP", "is taken by Service default/web");
-    // Another port or another protocol is another frontend.
+    for ports in ["{port: 80}", "{port: 81}", "{port: 80, protocol: UDP}"] {
+        let other = service("other", &format!("clusterIP: 10.96.0.1, ports: [{ports}]"));
+        refuses(&web, &other, "spec.clusterIP", "is the ClusterIP of Service default/web");
+    }
+    let second =
+        service("other", "clusterIPs: [10.96.0.2, 'fd00:96::1'], clusterIP: 10.96.0.2, ports: [{port: 80}]");
+    let dual = service("web", "clusterIPs: ['fd00:96::1'], ports: [{port: 81}]");
+    refuses(&dual, &second, "spec.clusterIPs[1]", "is the ClusterIP of Service default/web");
+    // Nor is it anybody's external address, whoever comes first.
+    let cluster_ip = service("web", "clusterIP: 192.0.2.1, ports: [{port: 80}]");
+    let external = service("other", "clusterIP: 10.96.0.2, externalIPs: [192.0.2.1], ports: [{port: 81}]");
+    refuses(&cluster_ip, &external, "spec.externalIPs[0]", "is the ClusterIP of Service default/web");
+    refuses(&external, &cluster_ip, "spec.clusterIP", "is an address of Service default/other");
+
     let mut cluster = Cluster::new(HEAD, &web);
-    cluster.apply(&service("b", "clusterIP: 10.96.0.1, ports: [{port: 81}]"));
-    cluster.apply(&service("c", "clusterIP: 10.96.0.1, ports: [{port: 80, protocol: UDP}]"));
     // A Service that is not served takes nothing.
     cluster.apply(
         "kind: Service\nmetadata: {name: d, labels: {service.kubernetes.io/headless: ''}}\nspec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}\n",
+    );
+    // One change may hand an address on.
+    let moved = service("web", "clusterIP: 10.96.0.5, ports: [{port: 80}]");
+    let heir = service("heir", "clusterIP: 10.96.0.1, ports: [{port: 81}]");
+    cluster.apply(&format!("{heir}---\n{moved}"));
+}
+
+#[test]
+fn services_may_share_the_address_of_a_load_balancer_port_by_port() {
+    let balancer = |name: &str, number: u8, ports: &str| {
+        let spec = format!("type: LoadBalancer, clusterIP: 10.96.0.{number}, ports: [{ports}]");
+        format!("{}status: {{loadBalancer: {{ingress: [{{ip: 203.0.113.10}}]}}}}\n", service(name, &spec))
+    };
+    let web = balancer("web", 1, "{port: 80}");
+    let mut cluster = Cluster::new(HEAD, &web);
+    cluster.apply(&balancer("b", 2, "{port: 81}"));
+    cluster.apply(&balancer("c", 3, "{port: 80, protocol: UDP}"));
+    refuses(
+        &web,
+        &balancer("d", 4, "{port: 443, name: s}, {port: 80, name: p}"),
+        "status.loadBalancer.ingress[0].ip",
+        "is taken by Service default/web",
     );
 }
 
