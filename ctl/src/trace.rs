@@ -7,6 +7,7 @@ use config::control::{
     ActionDescription, EndpointDescription, FrontendDescription, Reply, Request, ServiceDescription, Trace,
 };
 use config::packet::PacketSpec;
+use forwarder::trace::clause;
 
 use crate::connection::unexpected;
 use crate::endpoint::EndpointText;
@@ -120,18 +121,6 @@ fn verdict(trace: &Trace, paint: Paint) -> String {
         other => (Tint::Warn, format!("{other}{reason}")),
     };
     format!("  {}", paint.paint(tint, &words))
-}
-
-/// A sentence as a clause after a colon: no full stop, and no capital unless the first word is one of capitals.
-fn clause(sentence: &str) -> String {
-    let sentence = sentence.trim_end_matches('.');
-    let mut chars = sentence.chars();
-    match (chars.next(), chars.next()) {
-        (Some(first), Some(second)) if !second.is_uppercase() => {
-            first.to_lowercase().chain(sentence.chars().skip(1)).collect()
-        }
-        _ => sentence.to_owned(),
-    }
 }
 
 /// The frontend of a Service that is called `address:port/protocol`.
@@ -428,13 +417,6 @@ mod tests {
         assert_eq!(why(false, &described, Some("local"), "LoadBalancer"), in_list);
         assert_eq!(why(false, &described, Some("cluster"), "ClusterIP"), in_list);
         assert_ne!(why(false, &described, Some("local"), "ClusterIP"), in_list);
-    }
-
-    #[test]
-    fn sentences_become_clauses() {
-        assert_eq!(clause("The source is wrong."), "the source is wrong");
-        assert_eq!(clause("A ClusterIP."), "a ClusterIP");
-        assert_eq!(clause("TTL used up."), "TTL used up");
     }
 
     #[test]

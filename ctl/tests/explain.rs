@@ -61,7 +61,7 @@ fn a_load_balancer_address_from_outside() {
         flow       no connection has this tuple
         classify   source is outside the cluster
         service    Service default/my-nginx port http, status.loadBalancer.ingress
-                   ready endpoints of the cluster: 2 endpoint(s)
+                   list cluster: 2 ready endpoints of the cluster
                    endpoint 10.244.1.7:80 (default/my-nginx-646554d7fd-gqsfh on node-1), by consistent hash
         route      10.244.1.7/32 by port inside, next hop 192.0.2.1
         nat        source becomes 192.0.2.129:64925: the rule says masquerade
@@ -129,7 +129,8 @@ fn a_service_without_endpoints_rejects() {
         flow       no connection has this tuple
         classify   source is a pod of this cluster
         service    Service shop/empty, spec.clusterIPs
-        verdict    not forwarded: The Service has no endpoints at all: rejected (no_endpoints)
+        answer     answered with TCP RST
+        verdict    not forwarded: the Service has no endpoints at all: rejected (no_endpoints)
 
       Assumed
         one port outside, one inside; nodes and pods are inside
@@ -158,7 +159,7 @@ fn a_cluster_ip_is_not_for_clients_outside() {
         flow       no connection has this tuple
         classify   source is outside the cluster
         service    Service kube-system/kube-dns port dns-tcp, spec.clusterIPs
-        verdict    dropped: A ClusterIP is not served to the outside on this port (cluster_internal)
+        verdict    dropped: a ClusterIP is not served to the outside on this port (cluster_internal)
 
       Assumed
         one port outside, one inside; nodes and pods are inside
@@ -166,6 +167,70 @@ fn a_cluster_ip_is_not_for_clients_outside() {
         service ranges 10.96.0.0/16, fd00:96::/112, from the ClusterIPs
         the gateway's own addresses are of the documentation ranges 192.0.2.128/25 and 2001:db8:ffff::/48
     "#);
+}
+
+/// The walk alone, without what was assumed.
+fn walk(packet: &str) -> String {
+    let text = explain(packet);
+    let (_, walk) = text.split_once("  Walk\n").unwrap();
+    walk.split_once("\n\n").unwrap().0.to_owned()
+}
+
+#[test]
+fn packets_for_no_port_of_a_service_are_told_in_words_of_their_own() {
+    insta::assert_snapshot!(walk("icmp 198.51.100.7 > 203.0.113.10"), @"
+    parse      icmp 198.51.100.7:40000 > 203.0.113.10:40000
+    flow       no connection has this tuple
+    classify   source is outside the cluster
+    service    an address of Services: a ping of it is answered by the gateway
+               served there: default/my-nginx 443/TCP, 8080/TCP
+    answer     answered with an echo reply
+    verdict    not forwarded: a ping of an address that we own, answered (echo_answered)
+    ");
+    insta::assert_snapshot!(walk("tcp 198.51.100.7 > 203.0.113.10:81"), @"
+    parse      tcp 198.51.100.7:40000 > 203.0.113.10:81
+    flow       no connection has this tuple
+    classify   source is outside the cluster
+    service    an address of Services, none of them on this port
+               served there: default/my-nginx 443/TCP, 8080/TCP
+    answer     answered with TCP RST
+    verdict    not forwarded: the address belongs to a Service, but not this port: rejected (unknown_port)
+    ");
+    insta::assert_snapshot!(walk("udp 198.51.100.7 > 203.0.113.10:443"), @"
+    parse      udp 198.51.100.7:40000 > 203.0.113.10:443
+    flow       no connection has this tuple
+    classify   source is outside the cluster
+    service    an address of Services, none of them on this port
+               served there: default/my-nginx 443/TCP, 8080/TCP
+    answer     answered with ICMP port unreachable
+    verdict    not forwarded: the address belongs to a Service, but not this port: rejected (unknown_port)
+    ");
+    let internal = walk("icmp 198.51.100.7 > 10.96.0.10");
+    assert!(internal.contains("a ClusterIP, for the inside only"), "{internal}");
+    assert!(internal.contains("served there: kube-system/kube-dns 53/TCP, 53/UDP"), "{internal}");
+    insta::assert_snapshot!(walk("tcp 10.244.1.7 > 10.96.200.200:80"), @"
+    parse      tcp 10.244.1.7:40000 > 10.96.200.200:80
+    flow       no connection has this tuple
+    classify   source is a pod of this cluster
+    service    inside a Service range, but no Service has this address
+    verdict    dropped: an address inside a service range without a Service (unknown_service)
+    ");
+    insta::assert_snapshot!(walk("udp 10.244.1.7 > 10.244.2.5:53"), @"
+    parse      udp 10.244.1.7:40000 > 10.244.2.5:53
+    flow       no connection has this tuple
+    classify   source is a pod of this cluster
+    service    a pod of this cluster: routed untranslated
+    route      10.244.2.5/32 by port inside, next hop 192.0.2.1
+    verdict    forwarded by port inside
+    ");
+    insta::assert_snapshot!(walk("tcp 198.51.100.7 > 192.168.50.11:22"), @"
+    parse      tcp 198.51.100.7:40000 > 192.168.50.11:22
+    flow       no connection has this tuple
+    classify   source is outside the cluster
+    service    a node of this cluster: routed untranslated
+    route      192.168.50.11/32 by port inside, next hop 192.0.2.1
+    verdict    forwarded by port inside
+    ");
 }
 
 /// Every frontend, client and family: what comes out, or why not.

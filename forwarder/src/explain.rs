@@ -88,7 +88,7 @@ impl Explainer {
         };
         pipeline::run(&mut burst, &mut cx, &mut steps);
         let [packet] = burst;
-        let report = report(&packet, &steps, view.port_names);
+        let report = report(&packet, &steps, view.tables, view.port_names);
         self.pool.push(packet.frame);
         Ok(report)
     }
@@ -228,8 +228,47 @@ fn build(spec: &PacketSpec, mac: [u8; 6]) -> Result<Vec<u8>, String> {
     Ok(bytes)
 }
 
+/// Ports of an address that are named in a trace at most.
+const PORTS_NAMED: usize = 8;
+
+/// The ports that an address is served on, with their Services: `default/web 80/TCP, 443/TCP; shop/billing 444/TCP`.
+fn served_on(tables: &Tables, addr: Addr) -> String {
+    let of_address = tables.frontends.iter().filter(|(key, _)| key.addr == addr);
+    let mut ports: Vec<_> = of_address
+        .map(|(key, frontend)| {
+            let service = format!("{}/{}", frontend.service.namespace, frontend.service.name);
+            (service, key.port, port_name(key.port, key.protocol))
+        })
+        .collect();
+    ports.sort();
+    let more = ports.len().saturating_sub(PORTS_NAMED);
+    ports.truncate(PORTS_NAMED);
+    let by_service: Vec<String> = ports
+        .chunk_by(|one, other| one.0 == other.0)
+        .map(|of_one| {
+            let names: Vec<&str> = of_one.iter().map(|(_, _, name)| name.as_str()).collect();
+            format!("{} {}", of_one[0].0, names.join(", "))
+        })
+        .collect();
+    match (by_service.is_empty(), more) {
+        (true, _) => "no Service has a port there".to_owned(),
+        (_, 0) => format!("served there: {}", by_service.join("; ")),
+        (_, more) => format!("served there: {}; and {more} more", by_service.join("; ")),
+    }
+}
+
+/// The Service of a flow, by the id that the flow keeps.
+fn service_of_flow(tables: &Tables, id: u64) -> String {
+    let found = tables.frontends.iter().find(|(_, frontend)| frontend.service.stable_id == id);
+    match found.map(|(_, frontend)| &frontend.service) {
+        Some(port) if port.port_name.is_empty() => format!("of Service {}/{}", port.namespace, port.name),
+        Some(port) => format!("of Service {}/{} port {}", port.namespace, port.name, port.port_name),
+        None => "of a Service that is gone".to_owned(),
+    }
+}
+
 /// Words for what the pipeline found.
-fn report(packet: &Packet, steps: &[Step], port_names: &[String]) -> Report {
+fn report(packet: &Packet, steps: &[Step], tables: &Tables, port_names: &[String]) -> Report {
     let name =
         |port: u8| port_names.get(usize::from(port)).cloned().unwrap_or_else(|| format!("port {port}"));
     let mut report = Report { packet: packet.tuple.to_string(), ..Report::default() };
@@ -241,8 +280,11 @@ fn report(packet: &Packet, steps: &[Step], port_names: &[String]) -> Report {
             Step::Verdict(Verdict::Forward { port }) => format!("forwarded by port {}", name(*port)),
             step => step.to_string(),
         };
-        report.steps.push(TraceStep { stage: step.stage().to_owned(), text });
+        let mut say = |text| report.steps.push(TraceStep { stage: step.stage().to_owned(), text });
+        say(text);
         match step {
+            Step::FlowHit { service, .. } => say(service_of_flow(tables, *service)),
+            Step::OwnedAddress(_) | Step::InternalAddress => say(served_on(tables, packet.tuple.dst)),
             Step::Origin(origin) => report.origin = Some(origin_name(*origin).to_owned()),
             Step::Frontend { .. } => report.frontend = Some(destination(&packet.tuple)),
             Step::Chosen { addr, port, .. } => {
@@ -281,19 +323,29 @@ fn origin_name(origin: Origin) -> &'static str {
 
 /// `address:port/protocol` of what a packet asks for.
 fn destination(tuple: &Tuple) -> String {
-    let protocol = match tuple.protocol {
+    let addr: std::net::IpAddr = Addr::into(tuple.dst);
+    let name = port_name(tuple.dst_port, tuple.protocol);
+    match addr {
+        std::net::IpAddr::V4(addr) => format!("{addr}:{name}"),
+        std::net::IpAddr::V6(addr) => format!("[{addr}]:{name}"),
+    }
+}
+
+/// `port/protocol`.
+fn port_name(port: u16, protocol: u8) -> String {
+    let protocol = match protocol {
         protocol::TCP => "TCP",
         protocol::UDP => "UDP",
         _ => "SCTP",
     };
-    let addr: std::net::IpAddr = Addr::into(tuple.dst);
-    format!("{}/{protocol}", std::net::SocketAddr::new(addr, tuple.dst_port))
+    format!("{port}/{protocol}")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tables::Settings;
+    use crate::tables::{Action, Frontend, FrontendKey, FrontendKind, ServicePort, Settings};
+    use crate::verdict::Reason;
 
     fn scene() -> Scene {
         let settings = Settings {
@@ -338,6 +390,41 @@ mod tests {
         assert_eq!((report.verdict.as_str(), report.port.as_deref()), ("forward", Some("uplink")));
         let spoofed = scene().explain(&spec("10.244.1.2", "192.0.2.99", From::Outside)).unwrap();
         assert_eq!(spoofed.reason.as_deref(), Some("spoofed_source"));
+    }
+
+    #[test]
+    fn services_are_named_by_address_and_by_flow() {
+        let mut tables = Tables::default();
+        let addr = Addr::v4(0xcb00_710a);
+        let mut serve = |name: &str, port_name: &str, port: u16, protocol: u8| {
+            let service = Arc::new(ServicePort {
+                id: 0,
+                stable_id: u64::from(port),
+                namespace: "default".into(),
+                name: name.into(),
+                port_name: port_name.into(),
+                resource_version: String::new(),
+                affinity_timeout_s: None,
+            });
+            let nothing = || Action::Drop(Reason::FrontendOff);
+            let frontend = Frontend {
+                service,
+                kind: FrontendKind::LoadBalancer,
+                from_outside: nothing(),
+                from_pod: nothing(),
+                from_node: nothing(),
+                source_ranges: Arc::default(),
+            };
+            tables.frontends.insert(FrontendKey { addr, port, protocol }, Arc::new(frontend));
+        };
+        serve("web", "", 80, protocol::TCP);
+        serve("web", "https", 443, protocol::TCP);
+        serve("dns", "dns", 53, protocol::UDP);
+        assert_eq!(served_on(&tables, addr), "served there: default/dns 53/UDP; default/web 80/TCP, 443/TCP");
+        assert_eq!(served_on(&tables, Addr::v4(7)), "no Service has a port there");
+        assert_eq!(service_of_flow(&tables, 443), "of Service default/web port https");
+        assert_eq!(service_of_flow(&tables, 80), "of Service default/web");
+        assert_eq!(service_of_flow(&tables, 7), "of a Service that is gone");
     }
 
     #[test]

@@ -25,6 +25,9 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
     nat::run(burst, cx, trace);
     limit_answers(burst, cx);
     for (index, packet) in burst.iter().enumerate() {
+        if let (Verdict::Answer { .. }, Rewrite::Answer(answer)) = (packet.verdict, packet.rewrite) {
+            trace.step(index, || Step::Answer(answer));
+        }
         trace.step(index, || Step::Verdict(packet.verdict));
     }
 }

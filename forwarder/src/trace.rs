@@ -7,9 +7,9 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::addr::Tuple;
-use crate::packet::Answer;
+use crate::packet::{Answer, Layer4};
 use crate::table::flow_map::Direction;
-use crate::tables::{FrontendKind, List, Origin, ServicePort};
+use crate::tables::{FrontendKind, Identity, List, Origin, ServicePort};
 use crate::verdict::{Reason, Verdict};
 
 /// One thing that the pipeline found out or decided.
@@ -27,6 +27,8 @@ pub enum Step {
         out: Tuple,
         /// Generation that the flow was created under.
         generation: u32,
+        /// [`ServicePort::stable_id`] of its Service.
+        service: u64,
     },
     /// No flow has this tuple.
     FlowMiss,
@@ -78,10 +80,14 @@ pub enum Step {
     NoRoom,
     /// The packet belongs to a connection without an entry.
     WithoutEntry(Tuple),
-    /// The destination address is owned by Services, but not with this port.
-    OwnedAddress,
-    /// No Service; the packet is routed as it is.
-    NotAService,
+    /// The destination address is owned by Services, but the packet is for no port of theirs.
+    OwnedAddress(Layer4),
+    /// The destination address is owned by Services, for the inside only, and the packet is from outside.
+    InternalAddress,
+    /// The destination is inside a Service range, and no Service has it.
+    UnknownService,
+    /// No Service; the packet is routed as it is, to this one of the cluster or to somebody else.
+    NotAService(Option<Identity>),
     /// The route to the next hop.
     Route {
         /// The prefix.
@@ -148,8 +154,10 @@ impl Step {
             | Step::List { .. }
             | Step::Chosen { .. }
             | Step::WithoutEntry(_)
-            | Step::OwnedAddress
-            | Step::NotAService => "service",
+            | Step::OwnedAddress(_)
+            | Step::InternalAddress
+            | Step::UnknownService
+            | Step::NotAService(_) => "service",
             Step::Masquerade { .. } | Step::NoRoom => "nat",
             Step::Route { .. } | Step::Mss { .. } => "route",
             Step::Answer(_) => "answer",
@@ -165,7 +173,7 @@ impl fmt::Display for Step {
             Step::Origin(Origin::Outside) => write!(f, "source is outside the cluster"),
             Step::Origin(Origin::Pod) => write!(f, "source is a pod of this cluster"),
             Step::Origin(Origin::Node) => write!(f, "source is a node of this cluster"),
-            Step::FlowHit { direction, out, generation } => {
+            Step::FlowHit { direction, out, generation, .. } => {
                 let direction = match direction {
                     Direction::Original => "known connection",
                     Direction::Reply => "reply of a known connection",
@@ -184,7 +192,7 @@ impl fmt::Display for Step {
                 write!(f, "Service {}/{}{port}, {}", service.namespace, service.name, field(*kind))
             }
             Step::SourceRange(range) => write!(f, "source is in loadBalancerSourceRanges: {range}"),
-            Step::List { list, endpoints } => write!(f, "{}: {endpoints} endpoint(s)", list_name(*list)),
+            Step::List { list, endpoints } => write!(f, "list {}", list_text(*list, *endpoints)),
             Step::Chosen { addr, port, name, node, by, remembered } => {
                 let by = match by {
                     ChosenBy::Maglev => "by consistent hash",
@@ -211,8 +219,14 @@ impl fmt::Display for Step {
                     "its connection found no room in the flow table and goes on without an entry: becomes {out}"
                 )
             }
-            Step::OwnedAddress => write!(f, "the address belongs to a Service, this port does not"),
-            Step::NotAService => write!(f, "no Service has this address: routed untranslated"),
+            Step::OwnedAddress(layer4) => write!(f, "an address of Services{}", owned(*layer4)),
+            Step::InternalAddress => write!(f, "a ClusterIP, for the inside only"),
+            Step::UnknownService => write!(f, "inside a Service range, but no Service has this address"),
+            Step::NotAService(identity) => match identity {
+                Some(Identity::Pod) => write!(f, "a pod of this cluster: routed untranslated"),
+                Some(Identity::Node) => write!(f, "a node of this cluster: routed untranslated"),
+                _ => write!(f, "no Service has this address: routed untranslated"),
+            },
             Step::Route { prefix, gateway, port } => {
                 write!(f, "route {prefix} by port {port}, next hop {gateway}")
             }
@@ -241,7 +255,34 @@ impl fmt::Display for Step {
 }
 
 fn explain_reason(f: &mut fmt::Formatter<'_>, what: &str, reason: Reason) -> fmt::Result {
-    write!(f, "{what}: {} ({})", reason.help().trim_end_matches('.'), reason.name())
+    write!(f, "{what}: {} ({})", clause(reason.help()), reason.name())
+}
+
+/// A sentence as a clause after a colon: no full stop, and no capital unless the first word is one of capitals.
+pub fn clause(sentence: &str) -> String {
+    let sentence = sentence.trim_end_matches('.');
+    let mut chars = sentence.chars();
+    match (chars.next(), chars.next()) {
+        (Some(first), Some(second)) if !second.is_uppercase() => {
+            first.to_lowercase().chain(sentence.chars().skip(1)).collect()
+        }
+        _ => sentence.to_owned(),
+    }
+}
+
+/// Why a packet to an address of Services is for none of their ports.
+fn owned(layer4: Layer4) -> &'static str {
+    match layer4 {
+        Layer4::Echo { request: true } => ": a ping of it is answered by the gateway",
+        Layer4::Echo { request: false } | Layer4::IcmpOther => {
+            ": of ICMP, only pings and errors about known connections are for it"
+        }
+        Layer4::IcmpError => ": the ICMP error is about no known connection",
+        Layer4::Fragment => ": a fragment does not name a port",
+        Layer4::Malformed => ": the header does not name a port",
+        Layer4::Tcp { .. } | Layer4::Udp | Layer4::Sctp => ", none of them on this port",
+        Layer4::Other => ", none of them with this protocol",
+    }
 }
 
 /// The field of a Service that a kind of frontend comes from.
@@ -254,12 +295,46 @@ fn field(kind: FrontendKind) -> &'static str {
     }
 }
 
-/// A list in the words of kube-proxy.
-fn list_name(list: List) -> &'static str {
+/// A list and its length, in the words of kube-proxy.
+fn list_text(list: List, endpoints: usize) -> String {
+    let ones = if endpoints == 1 { "endpoint" } else { "endpoints" };
     match list {
-        List::Cluster => "ready endpoints of the cluster",
-        List::ClusterTerminating => "no endpoint is ready; serving and terminating ones of the cluster",
-        List::Local => "ready local endpoints",
-        List::LocalTerminating => "no local endpoint is ready; local serving and terminating ones",
+        List::Cluster => format!("cluster: {endpoints} ready {ones} of the cluster"),
+        List::ClusterTerminating => {
+            format!(
+                "cluster-terminating: no endpoint is ready; {endpoints} terminating {ones} that still serve"
+            )
+        }
+        List::Local => format!("local: {endpoints} ready local {ones}"),
+        List::LocalTerminating => format!(
+            "local-terminating: no local endpoint is ready; {endpoints} terminating local {ones} that still serve"
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sentences_become_clauses() {
+        assert_eq!(clause("The source is wrong."), "the source is wrong");
+        assert_eq!(clause("A ClusterIP."), "a ClusterIP");
+        assert_eq!(clause("TTL used up."), "TTL used up");
+    }
+
+    #[test]
+    fn a_packet_to_an_address_of_services_has_its_own_words() {
+        for (layer4, words) in [
+            (
+                Layer4::Echo { request: true },
+                "an address of Services: a ping of it is answered by the gateway",
+            ),
+            (Layer4::Udp, "an address of Services, none of them on this port"),
+            (Layer4::IcmpError, "an address of Services: the ICMP error is about no known connection"),
+            (Layer4::Fragment, "an address of Services: a fragment does not name a port"),
+        ] {
+            assert_eq!(Step::OwnedAddress(layer4).to_string(), words);
+        }
     }
 }

@@ -126,7 +126,12 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
             flow.touch(cx.now_s);
         }
         belongs_to(packet, &hit);
-        trace.step(index, || Step::FlowHit { direction, out: packet.out, generation: flow.generation() });
+        trace.step(index, || Step::FlowHit {
+            direction,
+            out: packet.out,
+            generation: flow.generation(),
+            service: flow.service(),
+        });
         if reset::is_resetting(flow.phase()) {
             reset::judge(packet, index, &hit, trace);
         }

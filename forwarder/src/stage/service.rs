@@ -40,10 +40,11 @@ fn first_packet(packet: &mut Packet, index: usize, cx: &mut Context<'_>, trace: 
         return serve(packet, index, frontend, origin, cx, trace);
     }
     if let Some(vip) = cx.tables.vips.get(&packet.tuple.dst) {
-        trace.step(index, || Step::OwnedAddress);
-        return owned_address(packet, *vip, origin, cx);
+        return owned_address(packet, index, *vip, origin, cx, trace);
     }
-    if cx.tables.identities.lookup(packet.tuple.dst) == Some(Identity::ServiceRange) {
+    let identity = cx.tables.identities.lookup(packet.tuple.dst);
+    if identity == Some(Identity::ServiceRange) {
+        trace.step(index, || Step::UnknownService);
         return packet.drop(Reason::UnknownService);
     }
     if has_ports(packet.layer4)
@@ -51,7 +52,7 @@ fn first_packet(packet: &mut Packet, index: usize, cx: &mut Context<'_>, trace: 
     {
         return overflow::forward(packet, index, out, cx, trace);
     }
-    trace.step(index, || Step::NotAService);
+    trace.step(index, || Step::NotAService(identity));
 }
 
 /// Who the source is, by podCIDRs, cluster CIDRs and Node addresses.
@@ -198,10 +199,19 @@ pub fn is_forgotten(entry: &FlowRef<'_>, now_s: u32) -> bool {
 }
 
 /// A packet to an address of Services that is no frontend.
-fn owned_address(packet: &mut Packet, vip: Vip, origin: Origin, cx: &Context<'_>) {
+fn owned_address(
+    packet: &mut Packet,
+    index: usize,
+    vip: Vip,
+    origin: Origin,
+    cx: &Context<'_>,
+    trace: &mut impl Trace,
+) {
     if is_cluster_internal(packet, vip.cluster_ip, origin, cx) {
+        trace.step(index, || Step::InternalAddress);
         return packet.drop(Reason::ClusterInternal);
     }
+    trace.step(index, || Step::OwnedAddress(packet.layer4));
     match packet.layer4 {
         Layer4::Echo { request: true } => packet.answer(Answer::EchoReply, Reason::EchoAnswered),
         Layer4::Echo { request: false } | Layer4::IcmpOther => packet.drop(Reason::IcmpNotForUs),
