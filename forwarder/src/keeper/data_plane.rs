@@ -21,6 +21,7 @@ use tracing::{info, warn};
 
 use super::manifest::{Manifest, ManifestPort};
 use super::ports::socket_config;
+use super::region;
 use super::requests::Keeper;
 use super::sandbox;
 use super::supervise::monotonic_ns;
@@ -32,8 +33,7 @@ use crate::kernel::privileged::{Care, Privileged};
 use crate::port::Port;
 use crate::port::xsk::queue::{XskPort, take_over};
 use crate::port::xsk::steer::Heartbeats;
-use crate::stage::flow::{self, Phase};
-use crate::table::flow_map::{FlowMap, FlowMapConfig, TALLIES_MAX};
+use crate::table::flow_map::{FlowMap, FlowMapConfig};
 use crate::worker::Worker;
 use crate::worker::exchange::Exchange;
 use crate::worker::hold::Resolve;
@@ -63,8 +63,9 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
         let fd = manifest.heartbeats.take()?;
         Arc::new(Heartbeats::map(std::os::fd::AsFd::as_fd(&fd)).context("mapping the heartbeats")?)
     };
-    let flows = Arc::new(open_flows(&manifest)?);
-    let affinity = Arc::new(open_affinity(&manifest)?);
+    let flows = Arc::new(open_region(manifest.flows.take()?, region::flows(gateway), "flows")?);
+    let remembered = manifest.affinity.take()?;
+    let affinity = Arc::new(open_region(remembered, region::affinity(gateway), "session affinity")?);
     let (queues, sockets) = inherit_queues(&manifest)?;
     let punts = inherit_punts(&manifest)?;
 
@@ -207,35 +208,10 @@ fn start_health(control: &Control, keeper: Arc<Keeper>) -> Result<()> {
     Ok(())
 }
 
-/// The flow table, with the connections of the process before.
-fn open_flows(manifest: &Manifest) -> Result<FlowMap> {
-    let gateway = &manifest.gateway;
-    let config = FlowMapConfig {
-        capacity: gateway.flows.capacity,
-        timeouts_s: flow::timeouts_s(&gateway.flows),
-        embryonic_phases: Phase::EMBRYONIC,
-        workers: gateway.workers.cpus.len(),
-        tallies: TALLIES_MAX,
-        ..FlowMapConfig::default()
-    };
-    open_region(File::from(manifest.flows.take()?), config, "flows")
-}
-
-/// What session affinity remembers.
-fn open_affinity(manifest: &Manifest) -> Result<FlowMap> {
-    let gateway = &manifest.gateway;
-    let config = FlowMapConfig {
-        capacity: gateway.flows.affinity_entries(),
-        timeouts_s: flow::timeouts_s(&gateway.flows),
-        embryonic_phases: 0,
-        workers: gateway.workers.cpus.len(),
-        ..FlowMapConfig::default()
-    };
-    open_region(File::from(manifest.affinity.take()?), config, "session affinity")
-}
-
-fn open_region(file: File, config: FlowMapConfig, what: &str) -> Result<FlowMap> {
-    let (map, recovery) = FlowMap::open(&file, config).with_context(|| format!("the region of {what}"))?;
+/// A region with what the process before left in it.
+fn open_region(file: OwnedFd, config: FlowMapConfig, what: &str) -> Result<FlowMap> {
+    let opened = FlowMap::open(&File::from(file), config);
+    let (map, recovery) = opened.with_context(|| format!("the region of {what}"))?;
     match recovery.empty {
         Some(reason) => info!(capacity = config.capacity, "{what}: begun empty ({reason})"),
         None => info!(kept = recovery.kept, scrubbed = recovery.scrubbed, "{what}: found again"),

@@ -2,12 +2,15 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use config::fault::{Code, Fault};
+use config::gateway::Gateway;
 use rustix::fs::{FlockOperation, flock};
+
+use super::region::{self, beside, cannot_open, is_at, open};
 
 /// How long to wait for a lock whose holder was just killed.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -15,7 +18,9 @@ const PATIENCE: Duration = Duration::from_millis(500);
 /// The locked flow region. The lock ends with the process, however that ends.
 #[derive(Debug)]
 pub struct RegionLock {
-    _locked: File,
+    path: PathBuf,
+    /// A description of its own: the data plane inherits that of `region`, and the lock must not outlive the keeper in it.
+    locked: File,
     region: File,
     affinity: File,
 }
@@ -26,36 +31,23 @@ impl RegionLock {
     /// # Errors
     /// Another towpathd has it, or the path cannot be used; the fault names the field and what to do.
     pub fn take(path: &Path) -> Result<RegionLock, Fault> {
-        let fault = |cause: &io::Error| {
-            Fault::new(Code::Invalid, format!("cannot be opened: {cause}"))
-                .field("flows.region")
-                .value(path.display())
-                .remedy("name a file on a tmpfs such as /run/towpath/flows, in a directory that root may write to")
-        };
+        let fault = |cause: io::Error| cannot_open(path, &cause);
         if let Some(parent) = path.parent()
             && !parent.as_os_str().is_empty()
         {
-            std::fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o755)
-                .create(parent)
-                .map_err(|cause| fault(&cause))?;
+            std::fs::DirBuilder::new().recursive(true).mode(0o755).create(parent).map_err(fault)?;
         }
-        let open = |path: &Path| {
-            File::options()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .custom_flags(libc::O_NOFOLLOW)
-                .open(path)
-        };
-        let locked = open(path).map_err(|cause| fault(&cause))?;
         let start = Instant::now();
-        while let Err(cause) = flock(&locked, FlockOperation::NonBlockingLockExclusive) {
+        let locked = loop {
+            let file = open(path).map_err(fault)?;
+            let refused = match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                // The holder may have put another file in the place of the one that we waited for.
+                Ok(()) if is_at(&file, path) => break file,
+                Ok(()) => continue,
+                Err(cause) => cause,
+            };
             if start.elapsed() > PATIENCE {
-                return Err(Fault::new(Code::Conflict, format!("is locked by another towpathd ({cause})"))
+                return Err(Fault::new(Code::Conflict, format!("is locked by another towpathd ({refused})"))
                     .field("flows.region")
                     .value(path.display())
                     .remedy(
@@ -63,13 +55,29 @@ impl RegionLock {
                     ));
             }
             std::thread::sleep(Duration::from_millis(10));
+        };
+        let region = open(path).map_err(fault)?;
+        let affinity = open(&beside(path, ".affinity")).map_err(fault)?;
+        Ok(RegionLock { path: path.to_owned(), locked, region, affinity })
+    }
+
+    /// Moves flows and remembered clients into regions of the capacities of `gateway`, where they are of others.
+    ///
+    /// They are copied into a file beside the region, which then takes its name: a death at any moment leaves the old region or the
+    /// new one, whole.
+    ///
+    /// # Errors
+    /// There is no room for both. The old regions are as they were.
+    pub fn resize(&mut self, gateway: &Gateway) -> Result<(), Fault> {
+        if let Some(moved) = region::resize(&self.path, &self.region, region::flows(gateway), "flows")? {
+            (self.locked, self.region) = (moved.locked, moved.region);
         }
-        // A description of its own: the data plane inherits this one, and the lock must not outlive the keeper in it.
-        let region = open(path).map_err(|cause| fault(&cause))?;
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(".affinity");
-        let affinity = open(Path::new(&beside)).map_err(|cause| fault(&cause))?;
-        Ok(RegionLock { _locked: locked, region, affinity })
+        let path = beside(&self.path, ".affinity");
+        let config = region::affinity(gateway);
+        if let Some(moved) = region::resize(&path, &self.affinity, config, "session affinity")? {
+            self.affinity = moved.region;
+        }
+        Ok(())
     }
 
     /// The region, to be handed to the data plane.
@@ -82,7 +90,6 @@ impl RegionLock {
         &self.affinity
     }
 }
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -38,6 +38,7 @@ pub mod lock;
 pub mod manifest;
 pub mod ports;
 pub mod preflight;
+pub mod region;
 pub mod requests;
 pub mod sandbox;
 pub mod supervise;
@@ -56,7 +57,8 @@ pub fn run(file: &Path) -> anyhow::Result<()> {
     preflight::check(&gateway).map_err(all_faults)?;
     let stop = stop_signals()?;
 
-    let lock = lock::RegionLock::take(&gateway.flows.region)?;
+    let mut lock = lock::RegionLock::take(&gateway.flows.region)?;
+    lock.resize(&gateway)?;
     let account = account::data_plane_account(gateway.control.user.as_deref())?;
     let group = gateway.control.group.as_deref().map(account::control_group).transpose()?;
     listen::make_state_dir(&gateway.control.state_dir, &account)?;

@@ -114,6 +114,14 @@ pub enum FlowMapError {
         /// What the kernel said.
         error: io::Error,
     },
+    /// The flows have to be moved first.
+    #[error("the flow region has room for {found} connections, not for {expected}")]
+    Capacity {
+        /// In the file.
+        found: u32,
+        /// Asked for.
+        expected: u32,
+    },
     /// There is no hash key without random numbers.
     #[error("getrandom failed: {error}")]
     Random {
@@ -190,9 +198,7 @@ pub struct Recovery {
     pub cleared_slots: u32,
     /// Slots of kept flows that were missing or wrong and were set again. Not 0 only if the region was damaged.
     pub relinked: u32,
-    /// The capacity before, if it was another one.
-    pub resized_from: Option<u32>,
-    /// Flows for which the new capacity had no room.
+    /// Of a copy: flows for which the new capacity had no room.
     pub left_out: u32,
     /// Why there are no flows, if the region was started anew.
     pub empty: Option<EmptyReason>,
@@ -294,14 +300,17 @@ impl fmt::Debug for FlowMap {
 impl FlowMap {
     /// Maps the region in `file`, which is made or extended as needed, and goes on with every flow in it.
     ///
-    /// A region of another capacity is made anew and its flows move there. If the region is of another layout version or its header
-    /// is damaged, it is started without flows and [`Recovery::empty`] says why. The caller sees to it that only one process
-    /// has the region open. Cost: a pass over state words and slots.
+    /// If the region is of another layout version or its header is damaged, it is started without flows and [`Recovery::empty`] says
+    /// why. The caller sees to it that only one process has the region open. Cost: a pass over state words and slots.
+    ///
+    /// # Errors
+    /// The region has another capacity ([`FlowMap::copy`] is what moves its flows), or there is no room.
     pub fn open(file: &std::fs::File, config: FlowMapConfig) -> Result<(FlowMap, Recovery), FlowMapError> {
         let sizes = check(&config)?;
         let found = match Header::read(file) {
             Ok(header) if header.sizes != sizes => {
-                return FlowMap::resize(file, header.sizes.records, config);
+                let (found, expected) = (header.sizes.records, config.capacity);
+                return Err(FlowMapError::Capacity { found, expected });
             }
             found => found,
         };

@@ -5,7 +5,7 @@ use std::fs::File;
 use super::hash::Packed;
 use super::layout::{Life, Slot, State};
 use super::sync::Ordering;
-use super::{Direction, FlowMap, FlowMapConfig, FlowMapError, NewFlow, Recovery};
+use super::{Direction, FlowMap, FlowMapConfig, FlowMapError, Header, NewFlow, Recovery};
 
 /// A bit a record.
 struct Bits(Vec<u64>);
@@ -29,19 +29,24 @@ impl Bits {
 }
 
 impl FlowMap {
-    /// Makes the region in `file`, of capacity `from`, anew with the capacity of `config`, and moves its flows there. Flows that are not
-    /// embryonic go first, in case there is less room than before.
-    pub(super) fn resize(
-        file: &File,
-        from: u32,
-        config: FlowMapConfig,
-    ) -> Result<(FlowMap, Recovery), FlowMapError> {
-        let (old, recovery) = FlowMap::open(file, FlowMapConfig { capacity: from, ..config })?;
+    /// Capacity of the region in `file`; `None` if there is none that could be gone on with.
+    pub fn capacity_of(file: &File) -> Option<u32> {
+        Header::read(file).ok().map(|header| header.sizes.records)
+    }
+
+    /// Copies the flows of the region in `old`, of whatever capacity, into `new`, whose contents are replaced by a region of the
+    /// capacity of `config`. Flows that are not embryonic go first, in case there is less room.
+    ///
+    /// The flows in `old` stay: until the caller puts `new` in its place, a process that is killed has lost nothing. Nobody else may
+    /// have either open.
+    pub fn copy(old: &File, new: &File, config: FlowMapConfig) -> Result<Recovery, FlowMapError> {
+        let from = FlowMap::capacity_of(old).unwrap_or(config.capacity);
+        let (old, recovery) = FlowMap::open(old, FlowMapConfig { capacity: from, ..config })?;
         let mut flows: Vec<(NewFlow, u32, u32)> = (0..from).filter_map(|index| old.to_move(index)).collect();
         flows.sort_by_key(|(flow, ..)| old.is_embryonic(flow.phase));
         drop(old);
-        file.set_len(0).map_err(FlowMapError::file("empty"))?;
-        let (map, _) = FlowMap::open(file, config)?;
+        new.set_len(0).map_err(FlowMapError::file("empty"))?;
+        let (map, _) = FlowMap::open(new, config)?;
         let mut worker = map.worker(0);
         for (flow, created_s, last_seen_s) in &flows {
             if let Ok(inserted) = map.insert(&mut worker, flow, *created_s) {
@@ -51,7 +56,7 @@ impl FlowMap {
         drop(worker);
         let kept = map.len() as u32;
         let left_out = flows.len() as u32 - kept;
-        Ok((map, Recovery { kept, left_out, resized_from: Some(from), ..recovery }))
+        Ok(Recovery { kept, left_out, ..recovery })
     }
 
     /// The flow in record `index` with the times of its birth and its last packet. Cached next hops stay behind.

@@ -81,6 +81,10 @@ fn what_cannot_be_kept_is_said() {
     };
     assert_eq!(refill(100), Some(EmptyReason::New));
     assert_eq!(refill(100), None);
+    let other = FlowMap::open(&file, config(200)).unwrap_err();
+    assert!(matches!(other, FlowMapError::Capacity { found: 100, expected: 200 }), "{other}");
+    file.set_len(0).unwrap();
+    assert_eq!(refill(200), Some(EmptyReason::New));
     assert_eq!(refill(200), None);
     file.write_at(b"x", 3).unwrap();
     assert_eq!(refill(200), Some(EmptyReason::Foreign));
@@ -99,8 +103,14 @@ fn what_cannot_be_kept_is_said() {
 }
 
 #[test]
-fn flows_move_when_the_capacity_changes() {
+fn flows_are_copied_to_a_region_of_another_capacity() {
     let file = tempfile::tempfile().unwrap();
+    let copy = |from: &File, capacity| {
+        let to = tempfile::tempfile().unwrap();
+        let recovery = FlowMap::copy(from, &to, config(capacity)).unwrap();
+        assert_eq!(FlowMap::capacity_of(&to), Some(capacity));
+        (open(&to, capacity).0, to, recovery)
+    };
     let (map, _) = open(&file, 1_000);
     let mut worker = map.worker(0);
     for i in 0..200 {
@@ -125,8 +135,8 @@ fn flows_move_when_the_capacity_changes() {
     let before = flows(&map);
     drop((worker, map));
 
-    let (map, recovery) = open(&file, 2_500);
-    assert_eq!(recovery, Recovery { kept: 201, resized_from: Some(1_000), ..Recovery::default() });
+    let (map, larger, recovery) = copy(&file, 2_500);
+    assert_eq!(recovery, Recovery { kept: 201, ..Recovery::default() });
     assert_consistent(&map);
     let after = flows(&map);
     assert_eq!(after.len(), before.len());
@@ -137,13 +147,13 @@ fn flows_move_when_the_capacity_changes() {
     drop(map);
 
     // Less room: established flows go first.
-    let (map, recovery) = open(&file, 160);
-    assert_eq!((recovery.kept, recovery.left_out, recovery.resized_from), (160, 41, Some(2_500)));
+    let (map, _, recovery) = copy(&larger, 160);
+    assert_eq!((recovery.kept, recovery.left_out), (160, 41));
     assert_eq!(map.embryonic_len(), 9);
     assert_consistent(&map);
-    drop(map);
-    let (_, recovery) = open(&file, 160);
-    assert_eq!((recovery.kept, recovery.resized_from), (160, None));
+    // What was copied from is as it was.
+    assert_eq!(open(&larger, 2_500).1.kept, 201);
+    assert_eq!(open(&file, 1_000).1.kept, 201);
 }
 
 /// Each point at which a process may die while it publishes or removes, and worse.
