@@ -5,7 +5,9 @@
 //! warned of by their path, since the API server would drop them silently; kinds that Towpath does not use are skipped
 //! with a notice.
 
+mod files;
 mod located;
+mod plain;
 mod typed;
 
 use std::ops::ControlFlow;
@@ -18,6 +20,8 @@ use serde_json::Value;
 use crate::control::{Kind, ObjectRef};
 use crate::fault::{Code, Fault, Source};
 use located::Located;
+
+pub use files::folder;
 
 /// An object of a kind that Towpath keeps. The large ones are boxed.
 #[derive(Clone, Debug, PartialEq)]
@@ -146,7 +150,7 @@ fn read_json(text: &str, source: &Source) -> Option<Vec<Manifest>> {
     }
     let root: Value = serde_json::from_str(text).ok()?;
     let mut manifests = Vec::new();
-    let flow = each_object(&root, &mut |value| match typed::read(value.into_owned()) {
+    let flow = each_object(root, &mut |value| match typed::read(value) {
         Ok((object, warnings)) if warnings.is_empty() => {
             manifests.push(Manifest { object, source: source.clone() });
             ControlFlow::Continue(())
@@ -157,24 +161,17 @@ fn read_json(text: &str, source: &Source) -> Option<Vec<Manifest>> {
 }
 
 /// Calls `found` with each object of `root`: itself, or the items of a list, which inherit the list's kind if it has one.
-fn each_object(
-    root: &Value,
-    found: &mut impl FnMut(std::borrow::Cow<'_, Value>) -> ControlFlow<()>,
-) -> ControlFlow<()> {
-    use std::borrow::Cow;
-    let word = |name: &str| root.get(name).and_then(Value::as_str).unwrap_or_default();
-    let Some((item_kind, items)) =
-        word("kind").strip_suffix("List").zip(root.get("items").and_then(Value::as_array))
-    else {
-        return found(Cow::Borrowed(root));
-    };
-    for item in items {
-        match item.as_object() {
+fn each_object(mut root: Value, found: &mut impl FnMut(Value) -> ControlFlow<()>) -> ControlFlow<()> {
+    let word = |name: &str| root.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let (api_version, kind) = (word("apiVersion"), word("kind"));
+    let items = root.get_mut("items").and_then(Value::as_array_mut);
+    let Some((item_kind, items)) = kind.strip_suffix("List").zip(items) else { return found(root) };
+    for mut item in items.drain(..) {
+        match item.as_object_mut() {
             Some(fields) if !item_kind.is_empty() && !fields.contains_key("kind") => {
-                let mut typed = fields.clone();
-                typed.insert("apiVersion".into(), word("apiVersion").into());
-                typed.insert("kind".into(), item_kind.into());
-                found(Cow::Owned(Value::Object(typed)))?;
+                fields.insert("apiVersion".into(), api_version.as_str().into());
+                fields.insert("kind".into(), item_kind.into());
+                found(item)?;
             }
             _ => each_object(item, found)?,
         }

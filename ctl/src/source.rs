@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use config::fault::Code;
-use config::object::{Manifest, parse};
+use config::object::{Manifest, folder, parse};
 
 use crate::Usage;
 use crate::print::{self, Color, Paint, Tint, notice};
@@ -74,15 +74,15 @@ fn expand(given: &[PathBuf], recursive: bool) -> Result<Vec<PathBuf>> {
             }
             files.push(path.clone());
         } else if path.is_dir() {
-            let before = files.len();
-            folder(path, recursive, &mut files)?;
-            if files.len() == before {
+            let found = folder(path, recursive)?;
+            if found.is_empty() {
                 bail!(
                     "{} has no .yaml, .yml or .json file{}",
                     path.display(),
                     if recursive { "" } else { "; add -R for folders within it" }
                 );
             }
+            files.extend(found);
         } else if path.to_str().is_some_and(|p| p.starts_with("http://") || p.starts_with("https://")) {
             bail!(
                 "{0} is a URL: fetch it first, such as `curl -fsS {0} | towpathctl ... -f -`",
@@ -96,25 +96,6 @@ fn expand(given: &[PathBuf], recursive: bool) -> Result<Vec<PathBuf>> {
         bail!(Usage("no objects: name a file, a folder or - with -f".into()));
     }
     Ok(files)
-}
-
-fn folder(path: &Path, recursive: bool, files: &mut Vec<PathBuf>) -> Result<()> {
-    let entries = fs::read_dir(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    let mut entries = entries.with_context(|| format!("cannot read folder {}", path.display()))?;
-    entries.sort_by_key(fs::DirEntry::file_name);
-    for entry in entries {
-        let path = entry.path();
-        let is_manifest =
-            path.extension().and_then(|e| e.to_str()).is_some_and(|e| matches!(e, "yaml" | "yml" | "json"));
-        if path.is_dir() {
-            if recursive {
-                folder(&path, recursive, files)?;
-            }
-        } else if is_manifest {
-            files.push(path);
-        }
-    }
-    Ok(())
 }
 
 fn text(path: &Path) -> Result<String> {

@@ -4,6 +4,7 @@ use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Number, Value};
 use serde_saphyr::Spanned;
 
+use super::plain;
 use crate::fault::{Code, Fault};
 
 /// One document of a text.
@@ -49,14 +50,14 @@ pub(super) fn documents(text: &str) -> Vec<Document<'_>> {
 }
 
 /// A value and the line of the text that it begins on.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(super) struct Located {
     pub(super) line: u32,
-    node: Node,
+    pub(super) node: Node,
 }
 
-#[derive(Debug)]
-enum Node {
+#[derive(Debug, PartialEq)]
+pub(super) enum Node {
     Scalar(Value),
     List(Vec<Located>),
     Map(Vec<(String, Located)>),
@@ -64,6 +65,15 @@ enum Node {
 
 /// Reads one document. Errors: the line and what is wrong there.
 pub(super) fn read(document: &Document<'_>) -> Result<Located, (u32, Fault)> {
+    let lines_before = document.first_line - 1;
+    match plain::read(document.text, lines_before) {
+        Some(root) => Ok(root),
+        None => read_all_of_yaml(document.text, lines_before),
+    }
+}
+
+/// Reads a document of any kind. Errors: the line and what is wrong there.
+pub(super) fn read_all_of_yaml(text: &str, lines_before: u32) -> Result<Located, (u32, Fault)> {
     // Lists of a whole cluster are larger than what the library takes for reasonable; nesting and aliases stay bounded.
     let budget = serde_saphyr::budget! {
         max_events: 100_000_000,
@@ -79,12 +89,12 @@ pub(super) fn read(document: &Document<'_>) -> Result<Located, (u32, Fault)> {
         emit_comments: false,
         strict_booleans: true,
     };
-    match serde_saphyr::from_str_with_options::<Spanned<Node>>(document.text, options) {
-        Ok(root) => Ok(Located::of(root, document.first_line - 1)),
+    match serde_saphyr::from_str_with_options::<Spanned<Node>>(text, options) {
+        Ok(root) => Ok(Located::of(root, lines_before)),
         Err(error) => {
             let line = error.location().map_or(1, |location| location.line() as u32).max(1);
             // The library tells the line within the document; ours is that of the file.
-            Err((document.first_line - 1 + line, syntax(&error)))
+            Err((lines_before + line, syntax(&error)))
         }
     }
 }
