@@ -3,22 +3,21 @@
 //! The objects are compiled and the packet is judged by the code of the daemon, on a gateway that is not there.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
 use config::control::{FrontendDescription, ObjectRef, ServiceDescription, Trace};
+use config::gateway::Gateway;
 use config::object::Manifest;
 use config::packet::{PacketSpec, Protocol};
-use forwarder::addr::{Addr, protocol};
-use forwarder::control::compile::{self, Compiler};
+use forwarder::addr::protocol;
+use forwarder::assume::{self, Assumed, Compiled};
+use forwarder::control::compile::Compiler;
 use forwarder::control::state::State;
-use forwarder::control::validate::Rules;
-use forwarder::explain::{Scene, assumed_fib};
-use forwarder::tables::{FrontendKey, ServicePort, Tables};
+use forwarder::explain::Scene;
+use forwarder::tables::{FrontendKey, ServicePort};
 
-use crate::assume::{self, Assumed};
-use crate::print::{self, Output, Paint, Table, Tint, notice, out, out_value};
+use crate::print::{self, Color, Output, Paint, Table, Tint, notice, out, out_value};
 use crate::service::action_cell;
 use crate::source::{self, SourceArgs};
 use crate::trace;
@@ -69,7 +68,7 @@ pub fn run(global: &Global, args: &Args) -> Result<Ending> {
         bail!("no objects to explain by; `kubectl get svc,endpointslices,nodes -A -o yaml` prints them");
     }
     let assumed = match &args.config {
-        Some(path) => assume::read(path, global.color)?,
+        Some(path) => Assumed::with(gateway_file(path, global.color)?),
         None => {
             let by_packet =
                 || packets.iter().find_map(|packet| assume::node_of_node_port(&manifests, packet));
@@ -90,6 +89,17 @@ pub fn run(global: &Global, args: &Args) -> Result<Ending> {
     Ok(Ending::Done)
 }
 
+/// Reads a gateway file; every fault is told on standard error.
+fn gateway_file(path: &Path, color: Color) -> Result<Gateway> {
+    Gateway::load(path).map_err(|faults| {
+        let paint = Paint::for_stderr(color);
+        for fault in &faults {
+            notice(&print::fault(paint, Tint::Bad, "error:", fault));
+        }
+        anyhow!("{} is no gateway file: nothing was done", path.display())
+    })
+}
+
 /// The objects, compiled.
 struct Cluster {
     state: State,
@@ -100,13 +110,8 @@ struct Cluster {
 impl Cluster {
     /// Compiles what can be compiled; objects at fault are left out and told on standard error.
     fn new(assumed: &Assumed, manifests: Vec<Manifest>, global: &Global) -> Cluster {
-        let inside = assume::inside(&manifests);
-        let gateway = Arc::new(assumed.gateway.clone());
-        let empty = Tables { settings: Arc::new(compile::settings(&gateway)), ..Tables::default() };
-        let links = assumed_fib(&empty, &[]).ports;
-        let own: Vec<Addr> = links.iter().flat_map(|link| [link.v4, link.v6]).flatten().collect();
         let names: Vec<ObjectRef> = manifests.iter().map(|manifest| manifest.object.reference()).collect();
-        let (state, notes) = State::load(&Rules { gateway: &gateway, own: &own }, manifests);
+        let Compiled { state, notes, compiler, inside } = assumed.compile(manifests);
         let paint = Paint::for_stderr(global.color);
         let left_out: BTreeSet<String> =
             names.iter().filter(|name| state.get(name).is_none()).map(ToString::to_string).collect();
@@ -115,8 +120,7 @@ impl Cluster {
             let (tint, label) = if is_left_out { (Tint::Bad, "left out:") } else { (Tint::Warn, "note:") };
             notice(&print::fault(paint, tint, label, note));
         }
-        let compiler = compile::compile(&state, &gateway, &own);
-        let names = gateway.ports.iter().map(|port| port.name.clone()).collect();
+        let names = assumed.gateway.ports.iter().map(|port| port.name.clone()).collect();
         let scene = Scene::new(compiler.tables().clone(), names, &inside);
         Cluster { state, compiler, scene }
     }

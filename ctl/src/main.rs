@@ -4,7 +4,6 @@
 //! verbs, flags, columns, `service/my-nginx created` lines; data goes to standard output, notices to standard error.
 #![deny(unsafe_code)]
 
-mod assume;
 mod connection;
 mod print;
 mod source;

@@ -24,7 +24,9 @@ pub mod stats;
 // The walk of a command.
 pub mod control;
 pub mod kernel;
+pub mod assume;
 pub mod explain;
+pub mod replay;
 
 // The process around them.
 pub mod keeper;

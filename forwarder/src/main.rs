@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use config::gateway::Gateway;
-use forwarder::keeper;
+use forwarder::{keeper, replay};
 
 /// Forwards packets of Kubernetes Services on a gateway node.
 #[derive(Parser)]
@@ -27,6 +27,8 @@ enum Command {
         /// The gateway file.
         file: PathBuf,
     },
+    /// Runs a capture through the pipeline, on a gateway that is not there; needs no root.
+    Replay(replay::Args),
     /// Forwards; started by the keeper only.
     #[command(hide = true)]
     DataPlane {
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         .init();
     let outcome = match (arguments.command, arguments.config) {
         (Some(Command::Check { file }), _) => check(&file),
+        (Some(Command::Replay(args)), _) => replay::run(&args),
         (Some(Command::DataPlane { manifest_fd }), _) => keeper::data_plane::run(manifest_fd),
         (None, Some(file)) => keeper::run(&file),
         (None, None) => unreachable!("clap requires one of them"),

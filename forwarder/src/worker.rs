@@ -96,8 +96,8 @@ impl<P: Port> Worker<P> {
     }
 }
 
-/// A worker at work.
-struct Running<P> {
+/// A worker at work, round by round: on its thread, or wherever the clock is another one.
+pub struct Running<P> {
     index: usize,
     reader: Reader,
     link: Arc<WorkerLink>,
@@ -122,7 +122,7 @@ struct Round<'a> {
 
 impl<P: Port> Running<P> {
     /// `seed`: any number, for spreading.
-    fn new(worker: Worker<P>, seed: u64) -> Running<P> {
+    pub fn new(worker: Worker<P>, seed: u64) -> Running<P> {
         let ports = worker.ports.len();
         Running {
             index: worker.index,
@@ -153,8 +153,9 @@ impl<P: Port> Running<P> {
         }
     }
 
-    /// One burst of every port, from receive ring to transmit ring. Returns how many packets came.
-    fn round(&mut self, now_ns: u64) -> usize {
+    /// One burst of every port, from receive ring to transmit ring. Returns how many packets came. `now_ns`: of a clock that
+    /// does not go back.
+    pub fn round(&mut self, now_ns: u64) -> usize {
         let Running { reader, link, judge, rings, batch, holding, gathering, .. } = self;
         let counters = link.counters();
         self.heartbeats.beat(self.index, now_ns);
@@ -204,6 +205,11 @@ impl<P: Port> Running<P> {
             self.account();
         }
         received
+    }
+
+    /// Its ports, by index.
+    pub fn ports_mut(&mut self) -> &mut [P] {
+        &mut self.rings.ports
     }
 
     /// At the end of a round: tells where the frames are.

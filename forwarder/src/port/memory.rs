@@ -1,4 +1,4 @@
-//! A port in memory, for tests, fuzzing and what-if questions: packets are byte vectors at both ends.
+//! A port in memory, for tests, fuzzing and replay: packets are byte vectors at both ends.
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -44,7 +44,7 @@ impl MemoryPort {
 }
 
 /// Takes the first packet out of `burst`: its bytes, and its frames onto `frames`.
-pub(super) fn copy_out(burst: &mut Burst, frames: &mut Vec<Frame>) -> Option<Vec<u8>> {
+fn copy_out(burst: &mut Burst, frames: &mut Vec<Frame>) -> Option<Vec<u8>> {
     if burst.is_empty() {
         return None;
     }

@@ -1,11 +1,6 @@
-//! Ports that are capture files, for `towpathd replay`: the classic pcap format (draft-ietf-opsawg-pcap), Ethernet.
+//! Capture files, for `towpathd replay`: the classic pcap format (draft-ietf-opsawg-pcap), Ethernet.
 
-use std::collections::VecDeque;
 use std::io::{self, Read, Write};
-use std::os::fd::BorrowedFd;
-
-use super::memory::copy_out;
-use super::{Burst, Frame, FramePool, Kick, Mode, Port, QueueAccount, QueueFrames, copy_in};
 
 const MAGIC_US: u32 = 0xa1b2_c3d4;
 const MAGIC_NS: u32 = 0xa1b2_3c4d;
@@ -152,130 +147,8 @@ impl<W: Write> Writer<W> {
     }
 }
 
-/// A port that receives from one capture file and sends into another.
-pub struct PcapPort<R, W> {
-    reader: Option<Reader<R>>,
-    writer: Option<Writer<W>>,
-    waiting: VecDeque<Record>,
-    sent: Vec<Frame>,
-    now_ns: u64,
-    taken: u32,
-    failure: Option<PcapError>,
-}
-
-impl<R: Read, W: Write> PcapPort<R, W> {
-    /// A port that receives nothing without `reader`, and forgets what it sends without `writer`.
-    pub fn new(reader: Option<Reader<R>>, writer: Option<Writer<W>>) -> PcapPort<R, W> {
-        PcapPort {
-            reader,
-            writer,
-            waiting: VecDeque::new(),
-            sent: vec![],
-            now_ns: 0,
-            taken: 0,
-            failure: None,
-        }
-    }
-
-    /// When the next packet comes in, in nanoseconds since 1970; `None` at the end of the file, or if it cannot be read.
-    pub fn next_time_ns(&mut self) -> Option<u64> {
-        if self.waiting.is_empty() && self.failure.is_none() {
-            match self.reader.as_mut().map(Reader::next_record).transpose() {
-                Ok(record) => self.waiting.extend(record.flatten()),
-                Err(failure) => self.failure = Some(failure),
-            }
-        }
-        self.waiting.front().map(|record| record.time_ns)
-    }
-
-    /// Sets the time that sent packets are written with. Receiving a packet sets it to that packet's.
-    pub fn set_now_ns(&mut self, now_ns: u64) {
-        self.now_ns = now_ns;
-    }
-
-    /// Writes out what is buffered, and says whether all went well.
-    ///
-    /// # Errors
-    /// The first failure of reading or writing.
-    pub fn finish(mut self) -> Result<(), PcapError> {
-        if let Some(failure) = self.failure {
-            return Err(failure);
-        }
-        let flushed = self.writer.as_mut().map_or(Ok(()), Writer::flush);
-        flushed.map_err(|source| PcapError::Io { number: self.taken.into(), source })
-    }
-}
-
-impl<R: Read, W: Write> Port for PcapPort<R, W> {
-    fn rx_burst(&mut self, pool: &mut FramePool, burst: &mut Burst, max: usize) -> usize {
-        let mut packets = 0;
-        while packets < max && self.next_time_ns().is_some() {
-            let record = &self.waiting[0];
-            if !copy_in(&record.bytes, pool, burst) {
-                break; // later, when frames are free
-            }
-            self.now_ns = record.time_ns;
-            self.waiting.pop_front();
-            packets += 1;
-        }
-        packets
-    }
-
-    fn tx_burst(&mut self, _: &mut FramePool, burst: &mut Burst) -> usize {
-        let mut packets = 0;
-        while let Some(packet) = copy_out(burst, &mut self.sent) {
-            packets += 1;
-            self.taken = self.taken.wrapping_add(1);
-            let Some(writer) = &mut self.writer else { continue };
-            if let Err(source) = writer.write_record(self.now_ns, &packet) {
-                self.failure.get_or_insert(PcapError::Io { number: self.taken.into(), source });
-            }
-        }
-        packets
-    }
-
-    fn kick(&mut self) -> Kick {
-        Kick::Done
-    }
-
-    fn release_rx(&mut self, _: &mut FramePool) {}
-
-    fn complete(&mut self, pool: &mut FramePool) -> usize {
-        let frames = self.sent.len();
-        self.sent.drain(..).for_each(|frame| pool.push(frame));
-        frames
-    }
-
-    fn refill(&mut self, _: &mut FramePool) -> usize {
-        0
-    }
-
-    fn tx_mark(&self) -> u32 {
-        self.taken
-    }
-
-    fn is_sent(&mut self, _: u32) -> bool {
-        true
-    }
-
-    fn mode(&self) -> Mode {
-        Mode::Software
-    }
-
-    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
-
-    fn account(&mut self) -> QueueAccount {
-        let frames = QueueFrames { completion: self.sent.len() as u32, ..QueueFrames::default() };
-        QueueAccount { frames, ..QueueAccount::default() }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use af_xdp::Umem;
-
     use super::*;
 
     fn file(records: &[(u64, &[u8])]) -> Vec<u8> {
@@ -285,21 +158,14 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_in_goes_out_with_its_time() {
-        let input = file(&[(1_700_000_000_000_000_001, b"first"), (1_700_000_001_999_999_999, b"second")]);
-        let mut pool = Umem::anonymous(4, 2048).take_frames().unwrap();
-        let mut output = vec![];
-        let mut port =
-            PcapPort::new(Some(Reader::new(&input[..]).unwrap()), Some(Writer::new(&mut output).unwrap()));
-        let mut burst = Burst::default();
-        while port.next_time_ns().is_some() {
-            assert_eq!(port.rx_burst(&mut pool, &mut burst, 1), 1);
-            assert_eq!(port.tx_burst(&mut pool, &mut burst), 1);
-            port.complete(&mut pool);
+    fn what_is_written_is_read_with_its_time() {
+        let records = [(1_700_000_000_000_000_001, &b"first"[..]), (1_700_000_001_999_999_999, b"second")];
+        let input = file(&records);
+        let mut reader = Reader::new(&input[..]).unwrap();
+        for (time_ns, bytes) in records {
+            assert_eq!(reader.next_record().unwrap(), Some(Record { time_ns, bytes: bytes.to_vec() }));
         }
-        port.finish().unwrap();
-        assert_eq!(output, input);
-        assert_eq!(pool.len(), 4);
+        assert_eq!(reader.next_record().unwrap(), None);
     }
 
     #[test]

@@ -1,17 +1,23 @@
-//! The gateway that `explain` assumes when nobody says which: what follows from the objects, and the rest in words.
+//! The gateway that `towpathctl explain` and `towpathd replay` assume when nobody says which: what follows from the objects, and
+//! the rest in words.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::path::Path;
+use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use config::fault::Fault;
 use config::gateway::{Gateway, GatewaySection, Mode, PortSection, ReturnPath, Role};
 use config::object::{Manifest, Object};
 use config::packet::{PacketSpec, Protocol};
 use ipnet::IpNet;
 use k8s_openapi::api::discovery::v1::Endpoint;
 
-use crate::print::{self, Color, Paint, Tint, notice};
+use crate::addr::Addr;
+use crate::control::compile::{self, Compiler};
+use crate::control::state::State;
+use crate::control::validate::Rules;
+use crate::explain::assumed_fib;
+use crate::tables::Tables;
 
 /// A gateway and what was assumed to make it.
 pub struct Assumed {
@@ -21,20 +27,36 @@ pub struct Assumed {
     pub because: Vec<String>,
 }
 
-/// Reads a gateway file; every fault is told on standard error.
-pub fn read(path: &Path, color: Color) -> Result<Assumed> {
-    match Gateway::load(path) {
-        Ok(gateway) => Ok(Assumed {
-            gateway,
-            because: vec!["nodes and pods are behind the first inside port, everybody else behind the first outside port".to_owned()],
-        }),
-        Err(faults) => {
-            let paint = Paint::for_stderr(color);
-            for fault in &faults {
-                notice(&print::fault(paint, Tint::Bad, "error:", fault));
-            }
-            bail!("{} is no gateway file: nothing was done", path.display())
-        }
+/// Objects as a gateway that is not there has them.
+pub struct Compiled {
+    /// Those that were taken.
+    pub state: State,
+    /// What was found wrong with any of them.
+    pub notes: Vec<Fault>,
+    /// Made the tables.
+    pub compiler: Compiler,
+    /// Prefixes behind the first inside port.
+    pub inside: Vec<IpNet>,
+}
+
+impl Assumed {
+    /// Compiles what can be compiled; objects at fault are left out.
+    pub fn compile(&self, manifests: Vec<Manifest>) -> Compiled {
+        let inside = inside(&manifests);
+        let gateway = Arc::new(self.gateway.clone());
+        let empty = Tables { settings: Arc::new(compile::settings(&gateway)), ..Tables::default() };
+        let links = assumed_fib(&empty, &[]).ports;
+        let own: Vec<Addr> = links.iter().flat_map(|link| [link.v4, link.v6]).flatten().collect();
+        let (state, notes) = State::load(&Rules { gateway: &gateway, own: &own }, manifests);
+        let compiler = compile::compile(&state, &gateway, &own);
+        Compiled { state, notes, compiler, inside }
+    }
+
+    /// What is assumed with a gateway file that somebody gave.
+    pub fn with(gateway: Gateway) -> Assumed {
+        let because =
+            "nodes and pods are behind the first inside port, everybody else behind the first outside port";
+        Assumed { gateway, because: vec![because.to_owned()] }
     }
 }
 
@@ -59,8 +81,8 @@ pub fn from_objects(manifests: &[Manifest], node: Option<String>) -> Assumed {
             format!("service ranges {}, from the ClusterIPs", cidrs.join(", "))
         }
     });
-    let cluster_cidrs = pods_outside_pod_cidrs(manifests);
-    match cluster_cidrs.len() {
+    let pods = pods_outside_pod_cidrs(manifests);
+    match pods.len() {
         0 => {}
         1 => because.push("1 address outside the podCIDRs is a pod's, from the endpoints".to_owned()),
         n => because.push(format!("{n} addresses outside the podCIDRs are pods', from the endpoints")),
@@ -73,7 +95,8 @@ pub fn from_objects(manifests: &[Manifest], node: Option<String>) -> Assumed {
     let gateway = Gateway {
         gateway: GatewaySection {
             name: node.unwrap_or_else(|| "gateway".to_owned()),
-            cluster_cidrs,
+            // Each address of a Service is looked for in all of them.
+            cluster_cidrs: IpNet::aggregate(&pods),
             service_cidrs,
             return_path: ReturnPath::Routed,
             lb_key: "towpath".to_owned(),
@@ -122,8 +145,8 @@ fn node_addresses(node: &k8s_openapi::api::core::v1::Node) -> Vec<IpAddr> {
     status.filter_map(|address| address.address.parse().ok()).collect()
 }
 
-/// What is behind the inside port: podCIDRs, and addresses of Nodes, Pods and endpoints.
-pub fn inside(manifests: &[Manifest]) -> Vec<IpNet> {
+/// What is behind the first inside port: podCIDRs, and addresses of Nodes, Pods and endpoints.
+fn inside(manifests: &[Manifest]) -> Vec<IpNet> {
     let mut nets = Vec::new();
     let mut host = |text: &str| nets.extend(text.parse().map(|addr: IpAddr| IpNet::from(addr)));
     for manifest in manifests {
