@@ -11,6 +11,9 @@
 //!    generation, all or nothing. `begin`, `apply` and `delete` are not answered; what was wrong with any of them is told
 //!    in the `refused` that answers `commit`. Only what makes it pointless to go on (a limit, garbage) is answered at
 //!    once, by `fault`, and then the daemon closes the connection. Closing the connection before `commit` is an `abort`.
+//! 4. A stream: `capture` is answered by `capturing`, then by an `item` for each packet as it passes, until `captured`. It
+//!    ends by itself after the count that was asked for, or at the next byte that the client sends, or when the client
+//!    closes its side (shutdown(2) of writing is enough); what was captured until then is still sent, for a second at most.
 //!
 //! ```text
 //! > {"hello":{"version":1,"client":"towpathctl 0.1.0"}}
@@ -32,6 +35,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::capture::{Capture, CapturedPacket};
 use crate::fault::{Fault, Source};
 use crate::packet::PacketSpec;
 
@@ -108,6 +112,8 @@ pub enum Request {
         /// The packet.
         packet: PacketSpec,
     },
+    /// Packets as they pass. Answer: [`Reply::Capturing`], [`Item::Packet`]..., [`Reply::Captured`].
+    Capture(Capture),
 }
 
 /// Begins a change.
@@ -319,6 +325,18 @@ pub enum Reply {
     },
     /// To `trace`.
     Trace(Box<Trace>),
+    /// To `capture`: from now on every worker captures.
+    Capturing {
+        /// Names of the ports that are looked at.
+        ports: Vec<String>,
+    },
+    /// The capture is over.
+    Captured {
+        /// How many packets were sent.
+        count: u64,
+        /// How many more it wanted, and could not keep or send since its reader was slow.
+        missed: u64,
+    },
     /// The request failed.
     Fault(Fault),
 }
@@ -396,6 +414,8 @@ pub enum Item {
     Flow(FlowRow),
     /// A name.
     Dns(DnsRow),
+    /// A captured packet.
+    Packet(CapturedPacket),
 }
 
 /// A Service, with kubectl's columns.

@@ -4,9 +4,11 @@
 //! - [`object`]: Kubernetes manifests, which are the rest of the configuration;
 //! - [`control`]: the messages on the control socket;
 //! - [`packet`]: the grammar of the packets that `explain` and `trace` take;
+//! - [`capture`]: captured packets, and the grammar of the filters of `capture`;
 //! - [`fault`]: errors and warnings that name where, what and the remedy.
 #![deny(unsafe_code)]
 
+pub mod capture;
 pub mod control;
 pub mod fault;
 pub mod gateway;

@@ -99,7 +99,24 @@ impl Connection {
         Err(self.lost(&error))
     }
 
-    fn receive(&mut self) -> Result<Reply> {
+    /// From now on waits for an answer as long as it takes.
+    pub fn wait_for_ever(&mut self) -> Result<()> {
+        set_socket_timeout(self.reader.get_ref(), Timeout::Recv, None)
+            .context("cannot change the socket's timeout")
+    }
+
+    /// The socket, for another thread to close the client's side of a stream.
+    pub fn handle(&self) -> Result<UnixStream> {
+        self.reader.get_ref().try_clone().context("cannot share the socket")
+    }
+
+    /// True if the next answer has not begun to come.
+    pub fn is_drained(&self) -> bool {
+        self.reader.buffer().is_empty()
+    }
+
+    /// Waits for the next answer. A [`Reply::Fault`] becomes an error.
+    pub fn receive(&mut self) -> Result<Reply> {
         let mut line = Vec::new();
         let limit = MAX_LINE_BYTES as u64 + 1;
         self.reader.by_ref().take(limit).read_until(b'\n', &mut line).map_err(|e| self.lost(&e))?;

@@ -5,10 +5,13 @@
 #![deny(unsafe_code)]
 
 mod connection;
+mod frame;
+mod pcapng;
 mod print;
 mod source;
 
 // Verbs.
+mod capture;
 mod change;
 mod describe;
 mod diff;
@@ -129,6 +132,9 @@ enum Command {
     Flows(flow::Args),
     /// Explain what would happen to a packet on the running daemon, changing nothing
     Trace(trace::Args),
+    /// Show packets as they pass: before translation, after it, and as they are dropped
+    #[command(after_help = capture::FILTERS)]
+    Capture(capture::Args),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -193,6 +199,7 @@ fn run(global: &Global, command: Command) -> Result<Ending> {
         Command::Metrics => metrics::run(global),
         Command::Flows(args) => flow::run(global, &args),
         Command::Trace(args) => trace::run(global, &args),
+        Command::Capture(args) => capture::run(global, &args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "towpathctl", &mut script);
@@ -212,13 +219,17 @@ fn report(global: &Global, error: &anyhow::Error) {
     }
 }
 
-/// An interruption says what became of a change, then ends the process with the code that shells use for it.
+/// An interruption ends a capture in order; the next one, or one of anything else, says what became of a change, then ends the
+/// process with the code that shells use for it.
 fn watch_interrupts() {
     use signal_hook::consts::{SIGINT, SIGTERM};
     // Without the thread the default action holds, which ends the process too: only the sentence is lost.
     let Ok(mut signals) = signal_hook::iterator::Signals::new([SIGINT, SIGTERM]) else { return };
     std::thread::spawn(move || {
-        if let Some(signal) = signals.forever().next() {
+        for signal in signals.forever() {
+            if capture::end() {
+                continue;
+            }
             notice(if COMMIT_SENT.load(Ordering::SeqCst) {
                 "interrupted after the change was sent: it may be in force, see `towpathctl status`"
             } else {

@@ -48,6 +48,11 @@ pub fn forms_with_name() -> impl TypedValueParser<Value = Output> {
     some_forms(&["table", "wide", "json", "yaml", "name"])
 }
 
+/// The forms of a command that prints for as long as it runs.
+pub fn forms_of_stream() -> impl TypedValueParser<Value = Output> {
+    some_forms(&["table", "json"])
+}
+
 fn some_forms(names: &'static [&'static str]) -> impl TypedValueParser<Value = Output> {
     PossibleValuesParser::new(names).map(|name| Output::from_str(&name, false).unwrap_or_default())
 }

@@ -554,6 +554,28 @@ fn an_interruption_says_that_nothing_was_changed() {
 }
 
 #[test]
+fn a_capture_that_breaks_off_says_so_and_keeps_what_it_has() {
+    let mut packet = String::from("{\"capturing\":{\"ports\":[\"uplink\"]}}\n");
+    packet += "{\"item\":{\"packet\":{\"id\":1,\"time_ns\":0,\"point\":\"rx\",\"port\":\"uplink\",\"worker\":0,\"len\":4,\
+               \"data\":\"AAECAw==\",\"generation\":1,\"verdict\":\"punt\"}}}\n";
+    let bytes: &'static [u8] = packet.leak().as_bytes();
+    let daemon = Daemon::new(move |request| match request {
+        Request::Status => Act::Answer(vec![Reply::Status(Box::default())]),
+        _ => Act::Raw(bytes),
+    });
+    daemon
+        .ctl(&["capture", "--request-timeout", "0.2"])
+        .assert()
+        .code(1)
+        .stdout("00:00:00.000000 uplink:rx    #1 runt length 4, generation 1, to the kernel\n")
+        .stderr(
+            "capturing rx, post-nat, drop of uplink, Ctrl-C ends it\n\
+             error: the daemon is gone (the daemon closed the connection; see its log): \
+             the capture has ended after 1 packet\n",
+        );
+}
+
+#[test]
 fn usage_errors_end_with_2() {
     for args in [
         &["frobnicate"][..],

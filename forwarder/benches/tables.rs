@@ -15,6 +15,7 @@ use forwarder::table::flow_map::{FlowMap, FlowMapConfig, NewFlow};
 use forwarder::table::lpm::Lpm;
 use forwarder::table::maglev::Maglev;
 use forwarder::table::paged::PagedMap;
+use forwarder::table::record_ring::RecordRing;
 
 const BURST: usize = 64;
 
@@ -264,12 +265,37 @@ fn paged(criterion: &mut Criterion) {
     });
 }
 
+fn record_ring(c: &mut Criterion) {
+    let mut group = c.benchmark_group("record ring");
+    let ring = RecordRing::new(1 << 20);
+    let header = [7; 22];
+    for len in [64, 1_500] {
+        let packet = vec![1u8; len];
+        let (mut words, mut bytes) = ([0; 22], Vec::new());
+        group.bench_function(format!("push {len} bytes"), |b| {
+            b.iter_custom(|rounds| {
+                let mut spent = Duration::ZERO;
+                for _ in 0..rounds.div_ceil(BURST as u64) {
+                    let start = Instant::now();
+                    for _ in 0..BURST {
+                        assert!(ring.push(&header, std::iter::once(black_box(&packet[..]))));
+                    }
+                    spent += start.elapsed();
+                    while ring.pop(&mut words, &mut bytes) {}
+                }
+                spent
+            });
+        });
+    }
+    group.finish();
+}
+
 criterion_group! {
     name = tables;
     config = Criterion::default()
         .sample_size(20)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_millis(1_000));
-    targets = flow_lookups, flow_changes, ageing, restart, lpm, maglev, paged
+    targets = flow_lookups, flow_changes, ageing, restart, lpm, maglev, paged, record_ring
 }
 criterion_main!(tables);

@@ -13,6 +13,7 @@ pub mod pipeline;
 pub mod stage;
 pub mod verdict;
 pub mod trace;
+pub mod capture;
 pub mod wire;
 
 // What a packet is judged by.

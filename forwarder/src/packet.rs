@@ -146,6 +146,8 @@ pub struct Packet {
     pub tail_len: u32,
     /// Index of the port that it came in by.
     pub port: u8,
+    /// The number that captures call it by; 0 while none has seen it.
+    pub id: u64,
     /// What becomes of it.
     pub verdict: Verdict,
     /// What it is of its datagram.
@@ -201,6 +203,7 @@ impl Packet {
             frame,
             tail_len,
             port,
+            id: 0,
             verdict: Verdict::Undecided,
             part: Part::Whole,
             l3: 0,

@@ -29,6 +29,7 @@ use crate::tables::{Fib, Tables};
 use crate::verdict::{Reason, Verdict};
 
 use batch::Batch;
+use capture::{OpenTap, Tap};
 use exchange::Exchange;
 use gather::Gathering;
 use hold::{Holding, Resolve};
@@ -37,6 +38,7 @@ use punt::Punt;
 use reassembly::Limits;
 
 pub mod batch;
+pub mod capture;
 pub mod cut;
 pub mod exchange;
 pub mod frames;
@@ -107,6 +109,7 @@ pub struct Running<P> {
     batch: Batch,
     holding: Holding,
     gathering: Gathering,
+    tap: Tap,
     generations: Generations,
     account_due: frames::Due,
     idle: Idle,
@@ -124,6 +127,7 @@ impl<P: Port> Running<P> {
     /// `seed`: any number, for spreading.
     pub fn new(worker: Worker<P>, seed: u64) -> Running<P> {
         let ports = worker.ports.len();
+        let tap = Tap::new(worker.index, worker.reader.workers(), ports, worker.flows.clone());
         Running {
             index: worker.index,
             link: worker.reader.link().clone(),
@@ -147,6 +151,7 @@ impl<P: Port> Running<P> {
             batch: Batch::default(),
             holding: Holding::new(worker.resolve),
             gathering: Gathering::new(worker.index, worker.fragments, worker.exchange),
+            tap,
             generations: Generations::default(),
             account_due: frames::Due::default(),
             idle: Idle::new(worker.poll),
@@ -156,11 +161,12 @@ impl<P: Port> Running<P> {
     /// One burst of every port, from receive ring to transmit ring. Returns how many packets came. `now_ns`: of a clock that
     /// does not go back.
     pub fn round(&mut self, now_ns: u64) -> usize {
-        let Running { reader, link, judge, rings, batch, holding, gathering, .. } = self;
+        let Running { reader, link, judge, rings, batch, holding, gathering, tap, .. } = self;
         let counters = link.counters();
         self.heartbeats.beat(self.index, now_ns);
         link.beat(now_ns);
-        let (tables, fib) = reader.load();
+        let (tables, fib, captures) = reader.load();
+        let tap = &mut tap.open(captures, tables, now_ns);
         self.generations.begin(tables.generation, &rings.ports);
         let round = Round { tables, fib, now_ns, counters };
 
@@ -168,11 +174,14 @@ impl<P: Port> Running<P> {
         holding.again(batch, fib.epoch, |batch, holding| {
             judge.judge(&mut batch.packets, &round);
             batch.follow();
-            rings.dispatch(batch, holding, gathering, &round);
+            if let Some(tap) = tap {
+                tap.came_before(batch);
+            }
+            rings.dispatch(batch, holding, gathering, &round, tap);
         });
-        let mut received = gathering.take_over(batch, &mut rings.pool, counters);
+        let mut received = gathering.take_over(batch, &mut rings.pool, counters, tap);
         if received > 0 {
-            settle(batch, judge, rings, holding, gathering, &round);
+            settle(batch, judge, rings, holding, gathering, &round, tap);
         }
         for port in 0..rings.ports.len() {
             let count = rings.ports[port].rx_burst(&mut rings.pool, &mut batch.received, BURST);
@@ -182,15 +191,18 @@ impl<P: Port> Running<P> {
             received += count;
             counters.add(Counter::rx_bytes, batch.unpack(port as u8));
             counters.add(Counter::rx_packets, batch.packets.len() as u64);
-            settle(batch, judge, rings, holding, gathering, &round);
+            settle(batch, judge, rings, holding, gathering, &round, tap);
         }
-        gathering.expire(now_ns, &mut rings.pool, counters);
+        gathering.expire(now_ns, &mut rings.pool, counters, tap);
         holding.expire(now_ns, |packet, tails| {
             counters.count(Reason::NeighborUnresolved);
+            if let Some(tap) = tap {
+                tap.dropped(&packet, Reason::NeighborUnresolved);
+            }
             rings.recycle(packet.frame, tails);
         });
 
-        rings.transmit(counters);
+        rings.transmit(counters, tap);
         gathering.wake_others();
         rings.give_back();
         if let Some(generation) = self.generations.settled(&mut rings.ports) {
@@ -245,13 +257,14 @@ fn settle<P: Port>(
     holding: &mut Holding,
     gathering: &mut Gathering,
     round: &Round<'_>,
+    tap: &mut Option<OpenTap<'_>>,
 ) {
     judge.judge(&mut batch.packets, round);
-    rings.dispatch(batch, holding, gathering, round);
+    rings.dispatch(batch, holding, gathering, round, tap);
     while gathering.take_complete(batch, round.counters) {
         judge.judge(&mut batch.packets, round);
         batch.follow();
-        rings.dispatch(batch, holding, gathering, round);
+        rings.dispatch(batch, holding, gathering, round, tap);
     }
 }
 
@@ -420,9 +433,17 @@ impl<P: Port> Rings<P> {
         holding: &mut Holding,
         gathering: &mut Gathering,
         round: &Round<'_>,
+        tap: &mut Option<OpenTap<'_>>,
     ) {
         let Round { counters, now_ns, .. } = *round;
-        batch.rewrite(round.fib, &mut self.pool);
+        match tap {
+            None => batch.rewrite(round.fib, &mut self.pool),
+            Some(tap) => {
+                tap.received(batch);
+                batch.rewrite(round.fib, &mut self.pool);
+                tap.rewritten(batch);
+            }
+        }
         let deadline_ns = batch.deadline_ns;
         let (mut pieces, mut piece_counts) = (batch.pieces.drain(..), batch.piece_counts.drain(..));
         let mut tails = batch.tails.drain(..);
@@ -450,7 +471,12 @@ impl<P: Port> Rings<P> {
                         self.punts[usize::from(packet.port)].send(&packet, tails.by_ref(), &mut self.pool);
                     match punted {
                         true => counters.add(Counter::punted, 1),
-                        false => counters.count(Reason::PuntFailed),
+                        false => {
+                            counters.count(Reason::PuntFailed);
+                            if let Some(tap) = tap {
+                                tap.dropped(&packet, Reason::PuntFailed);
+                            }
+                        }
                     }
                     self.pool.push(packet.frame);
                 }
@@ -458,13 +484,18 @@ impl<P: Port> Rings<P> {
                     match holding.hold(port, packet, tails.by_ref(), deadline_ns, now_ns) {
                         Some(refused) => {
                             counters.count(Reason::NeighborUnresolved);
+                            if let Some(tap) = tap {
+                                tap.dropped(&refused, Reason::NeighborUnresolved);
+                            }
                             self.recycle(refused.frame, tails);
                         }
                         // One that was held before is counted already.
                         None => counters.add(Counter::held, u64::from(deadline_ns == 0)),
                     }
                 }
-                Verdict::Gather => gathering.gather(packet, tails, &mut self.pool, now_ns, counters),
+                Verdict::Gather => {
+                    gathering.gather(packet, tails, &mut self.pool, now_ns, counters, tap);
+                }
                 Verdict::Drop(reason) => {
                     counters.count(reason);
                     self.recycle(packet.frame, tails);
@@ -505,8 +536,8 @@ impl<P: Port> Rings<P> {
     }
 
     /// Puts everything on the transmit rings and has the kernel send it. What finds no room is dropped and counted.
-    fn transmit(&mut self, counters: &Counters) {
-        for (port, out) in self.ports.iter_mut().zip(&mut self.out) {
+    fn transmit(&mut self, counters: &Counters, tap: &mut Option<OpenTap<'_>>) {
+        for (index, (port, out)) in self.ports.iter_mut().zip(&mut self.out).enumerate() {
             let total = out.packets.len();
             if total == 0 {
                 if out.unsent {
@@ -521,6 +552,9 @@ impl<P: Port> Rings<P> {
                 port.complete(&mut self.pool);
                 sent += port.tx_burst(&mut self.pool, &mut out.burst);
                 out.unsent = port.kick() == Kick::Left;
+                if let Some(tap) = tap {
+                    tap.unsent(index, &out.burst);
+                }
             }
             let (mut forwarded, mut stateless, mut answered, mut bytes) = (0, 0, 0, 0);
             for (leaving, len) in &out.packets[..sent] {

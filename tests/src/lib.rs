@@ -15,6 +15,7 @@ pub mod marker;
 pub mod metrics;
 pub mod namespace;
 pub mod oracle;
+pub mod pcapng;
 pub mod probe;
 pub mod process;
 pub mod pure;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use af_xdp::{Frame, FramePool, Umem};
+use af_xdp::{FramePool, Umem};
 use anyhow::{Context as _, Result, bail};
 use config::fault::Code;
 use config::gateway::Gateway;
@@ -191,11 +191,11 @@ impl Pure {
         batch.tail_counts.clear();
         let (chunk, now_ns) = (packet.frame.chunk(), u64::from(self.now_s) * 1_000_000_000);
         let mut verdict = Verdict::Gather;
-        let mut give_up = |reason, frame: Frame, _| {
-            if frame.chunk() == chunk {
+        let mut give_up = |reason, packet: Packet, _| {
+            if packet.frame.chunk() == chunk {
                 verdict = Verdict::Drop(reason);
             }
-            self.pool.push(frame);
+            self.pool.push(packet.frame);
         };
         self.reassembly.expire(now_ns, &mut give_up);
         self.reassembly.add(packet, [].into_iter(), now_ns, &mut give_up);

@@ -70,7 +70,8 @@ fn state_name(flow: &FlowSnapshot) -> &'static str {
     if flow.reply.is_none() { "affinity" } else { Phase::name(flow.phase) }
 }
 
-fn address_port((addr, port): (Addr, u16)) -> String {
+/// `address:port`, with brackets around an IPv6 address.
+pub fn address_port((addr, port): (Addr, u16)) -> String {
     match IpAddr::from(addr) {
         IpAddr::V4(v4) => format!("{v4}:{port}"),
         IpAddr::V6(v6) => format!("[{v6}]:{port}"),

@@ -18,7 +18,7 @@ fn mac_text(mac: [u8; 6]) -> String {
 }
 
 impl Shared {
-    fn port_name(&self, index: u8) -> String {
+    pub(super) fn port_name(&self, index: u8) -> String {
         let port = self.gateway.ports.get(usize::from(index));
         port.map_or_else(|| format!("port {index}"), |port| port.name.clone())
     }

@@ -37,6 +37,7 @@ pub mod persist;
 pub mod publish;
 pub mod restore;
 
+pub mod capture;
 pub mod flow;
 pub mod forwarding;
 pub mod health;

@@ -1,16 +1,16 @@
 //! Publishing tables: one release store, and nothing is ever freed on a worker.
 //!
-//! [`Publisher`] holds the two snapshots that packets are judged by. Each worker owns a [`Reader`], which looks at them
-//! once a burst through [`arc_swap::Cache`] (one relaxed load and a comparison while nothing changes). A snapshot that
-//! was replaced stays in a list here until no worker and no dump holds it any more, so that its last reference is always
-//! dropped by the control thread: [`Publisher::reap`]. A worker that is stuck keeps the one snapshot that it works
-//! with, not those published since.
+//! [`Publisher`] holds the two snapshots that packets are judged by, and the captures that run. Each worker owns a
+//! [`Reader`], which looks at them once a round through [`arc_swap::Cache`] (one relaxed load and a comparison while nothing
+//! changes). A snapshot that was replaced stays in a list here until no worker and no dump holds it any more, so that its
+//! last reference is always dropped by a control thread: [`Publisher::reap`]. A worker that is stuck keeps the one snapshot
+//! that it works with, not those published since.
 //!
 //! A worker says which generation it has *in force*: every frame that it rewrote under an older one has left its
 //! transmit rings. Control waits for that before it answers a commit, and before it takes steering entries away.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use arc_swap::{ArcSwap, Cache};
 use crossbeam::utils::CachePadded;
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::capture::Captures;
 use crate::stats::Counters;
 use crate::tables::{Fib, Tables};
 use crate::worker::frames::Frames;
@@ -137,6 +138,8 @@ impl<T> Slot<T> {
     fn reap(&self) -> usize {
         let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
         let (free, kept): (Vec<_>, Vec<_>) = retired.drain(..).partition(|old| Arc::strong_count(old) == 1);
+        // What a worker did with a snapshot comes before its letting go of it, which the counts have just shown.
+        fence(Ordering::Acquire);
         *retired = kept;
         let left = retired.len();
         drop(retired);
@@ -168,6 +171,7 @@ impl InForce {
 pub struct Publisher {
     tables: Slot<Tables>,
     fib: Slot<Fib>,
+    captures: Slot<Captures>,
     workers: Box<[Arc<WorkerLink>]>,
 }
 
@@ -181,6 +185,7 @@ impl Publisher {
         Ok(Arc::new(Publisher {
             tables: Slot::new(Tables::default()),
             fib: Slot::new(Fib::default()),
+            captures: Slot::new(Captures::default()),
             workers,
         }))
     }
@@ -190,6 +195,8 @@ impl Publisher {
         Reader {
             tables: Cache::new(self.tables.current.clone()),
             fib: Cache::new(self.fib.current.clone()),
+            captures: Cache::new(self.captures.current.clone()),
+            workers: self.workers.len(),
             link: self.workers[index].clone(),
         }
     }
@@ -222,6 +229,17 @@ impl Publisher {
         self.fib.reap();
     }
 
+    /// Makes `captures` what every worker captures from its next burst on, and wakes the sleepers.
+    pub fn publish_captures(&self, captures: Captures) {
+        self.captures.publish(Arc::new(captures));
+        self.wake_all();
+    }
+
+    /// True once no worker writes records for captures that were replaced; frees them.
+    pub fn captures_are_settled(&self) -> bool {
+        self.captures.reap() == 0
+    }
+
     fn wake_all(&self) {
         self.workers.iter().for_each(|worker| worker.wake());
     }
@@ -229,7 +247,7 @@ impl Publisher {
     /// Frees old snapshots that nobody reads any more. Control thread, after a publish and every few milliseconds.
     /// Returns how many old snapshots are still being read.
     pub fn reap(&self) -> usize {
-        self.tables.reap() + self.fib.reap()
+        self.tables.reap() + self.fib.reap() + self.captures.reap()
     }
 
     /// How many workers have `generation` in force now.
@@ -262,14 +280,21 @@ pub fn look_again_after(waited: Duration) -> Duration {
 pub struct Reader {
     tables: Cache<Arc<ArcSwap<Tables>>, Arc<Tables>>,
     fib: Cache<Arc<ArcSwap<Fib>>, Arc<Fib>>,
+    captures: Cache<Arc<ArcSwap<Captures>>, Arc<Captures>>,
+    workers: usize,
     link: Arc<WorkerLink>,
 }
 
 impl Reader {
-    /// The tables for the next burst. Never frees what it lets go of.
+    /// The tables for the next burst, and the captures. Never frees what it lets go of.
     #[inline]
-    pub fn load(&mut self) -> (&Tables, &Fib) {
-        (self.tables.load(), self.fib.load())
+    pub fn load(&mut self) -> (&Tables, &Fib, &Captures) {
+        (self.tables.load(), self.fib.load(), self.captures.load())
+    }
+
+    /// How many workers there are.
+    pub fn workers(&self) -> usize {
+        self.workers
     }
 
     /// What this worker tells the control threads.

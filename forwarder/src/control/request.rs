@@ -14,6 +14,7 @@ use config::fault::{Code, Fault};
 use config::packet::{PacketSpec, Protocol};
 use crossbeam::channel::Sender;
 
+use super::capture::{Running, Session};
 use super::commit::Job;
 use super::compile::dns;
 use super::compile::rows::slices_waiting;
@@ -43,6 +44,7 @@ pub struct Desk {
     jobs: Sender<Job>,
     tracer: Arc<Mutex<Tracer>>,
     names: Mutex<(u64, ServiceNames)>,
+    captures: Arc<Running>,
 }
 
 /// What traces need; one at a time.
@@ -64,7 +66,8 @@ impl Desk {
         shared.flows.offline(&mut flow_worker);
         shared.affinity.offline(&mut affinity_worker);
         let tracer = Tracer { explainer: Explainer::new(), flow_worker, affinity_worker };
-        Desk { shared, jobs, tracer: Arc::new(Mutex::new(tracer)), names: Mutex::default() }
+        let captures = Arc::new(Running::new(shared.publisher.clone()));
+        Desk { shared, jobs, tracer: Arc::new(Mutex::new(tracer)), names: Mutex::default(), captures }
     }
 
     /// Names of service ports, made again for each generation that they are asked in.
@@ -175,6 +178,10 @@ impl Backend for Desk {
                 walk(self.walk(&filter).map(|walk| Box::new(walk.flush()) as Dump))
             }
             Request::Trace { packet } => self.trace(packet),
+            Request::Capture(wanted) => match Session::begin(&self.shared, &self.captures, wanted) {
+                Ok(session) => Answer::Stream(Box::new(session)),
+                Err(fault) => Reply::Fault(fault).into(),
+            },
             // The conversation itself; `client` answers these.
             Request::Hello { .. }
             | Request::Begin(_)
@@ -221,6 +228,8 @@ fn look(shared: &Arc<Shared>, ask: impl FnOnce(&World, &Shared) -> Answer + Send
                 found = Some(dump);
                 first
             }
+            // No question about objects is answered so.
+            Answer::Stream(_) => None,
         }
     })))
 }

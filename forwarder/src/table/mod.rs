@@ -4,4 +4,5 @@ pub mod flow_map;
 pub mod lpm;
 pub mod maglev;
 pub mod paged;
+pub mod record_ring;
 pub mod spread;

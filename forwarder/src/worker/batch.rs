@@ -73,6 +73,16 @@ impl Batch {
         bytes
     }
 
+    /// Every packet with its further segments.
+    pub(super) fn each(&self) -> impl Iterator<Item = (&Packet, &[Frame])> {
+        let mut tails = &self.tails[..];
+        self.packets.iter().zip(&self.tail_counts).map(move |(packet, count)| {
+            let (own, rest) = tails.split_at(usize::from(*count));
+            tails = rest;
+            (packet, own)
+        })
+    }
+
     /// After judging: gives later fragments the verdict of the first one of their datagram.
     pub fn follow(&mut self) {
         for index in 1..self.packets.len() {

@@ -22,6 +22,8 @@ const BUFFER_LEN: usize = 2048;
 pub struct Parcel {
     /// Index of the port that it came in by.
     pub port: u8,
+    /// The number that captures call it by.
+    pub id: u64,
     /// The frame, from the Ethernet header on.
     pub bytes: Vec<u8>,
 }
@@ -63,15 +65,15 @@ impl Exchange {
         }
     }
 
-    /// Hands a frame that came in by `port` to worker `to`; `fill` gets an empty buffer for its bytes. False: its inbox is full.
-    /// [`Exchange::wake`] has to follow.
-    pub fn send(&self, to: usize, port: u8, fill: impl FnOnce(&mut Vec<u8>)) -> bool {
+    /// Hands a frame that came in by `port` and that captures call `id` to worker `to`; `fill` gets an empty buffer for its bytes.
+    /// False: its inbox is full. [`Exchange::wake`] has to follow.
+    pub fn send(&self, to: usize, port: u8, id: u64, fill: impl FnOnce(&mut Vec<u8>)) -> bool {
         let Some(inbox) = self.inboxes.get(to) else { return false };
         let Some(mut bytes) = inbox.empty.pop() else { return false };
         bytes.clear();
         fill(&mut bytes);
         // There are as many places as buffers.
-        inbox.full.push(Parcel { port, bytes }).is_ok()
+        inbox.full.push(Parcel { port, id, bytes }).is_ok()
     }
 
     /// Wakes a worker that was sent something, if it sleeps.
@@ -117,9 +119,9 @@ mod tests {
         let exchange = Exchange::new(publisher.workers());
         for round in 0..3u8 {
             for i in 0..PARCELS {
-                assert!(exchange.send(1, round, |bytes| bytes.extend([i as u8; 3])));
+                assert!(exchange.send(1, round, 0, |bytes| bytes.extend([i as u8; 3])));
             }
-            assert!(!exchange.send(1, round, |_| unreachable!("no buffer is left")));
+            assert!(!exchange.send(1, round, 0, |_| unreachable!("no buffer is left")));
             assert!(exchange.is_empty(0) && !exchange.is_empty(1));
             for i in 0..PARCELS {
                 let parcel = exchange.receive(1).unwrap();
@@ -134,7 +136,7 @@ mod tests {
     fn alone_a_worker_gathers_everything_itself() {
         let publisher = Publisher::new(1).unwrap();
         let exchange = Exchange::new(publisher.workers());
-        assert!(!exchange.send(0, 0, |_| unreachable!("there is no buffer")));
+        assert!(!exchange.send(0, 0, 0, |_| unreachable!("there is no buffer")));
     }
 
     /// Every parcel arrives once, from two senders at a time.
@@ -165,7 +167,7 @@ mod tests {
                     let exchange = &exchange;
                     scope.spawn(move || {
                         for number in sender * EACH..(sender + 1) * EACH {
-                            while !exchange.send(2, 0, |bytes| bytes.extend(number.to_be_bytes())) {
+                            while !exchange.send(2, 0, 0, |bytes| bytes.extend(number.to_be_bytes())) {
                                 thread::yield_now();
                             }
                         }

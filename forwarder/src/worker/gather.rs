@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::batch::Batch;
+use super::capture::OpenTap;
 use super::exchange::Exchange;
 use super::reassembly::{Key, Limits, Reassembly};
 use crate::packet::{Packet, Part};
@@ -48,15 +49,16 @@ impl Gathering {
         pool: &mut FramePool,
         now_ns: u64,
         counters: &Counters,
+        tap: &mut Option<OpenTap<'_>>,
     ) {
         if let Part::Fragment(fragment) = packet.part {
             let gatherer = self.exchange.gatherer(&Key::of(&packet, fragment));
             if gatherer != self.worker {
-                return self.hand_over(gatherer, packet, tails, pool, counters);
+                return self.hand_over(gatherer, packet, tails, pool, counters, tap);
             }
         }
         counters.add(Counter::fragments_gathered, 1);
-        self.reassembly.add(packet, tails, now_ns, &mut give_up(pool, counters));
+        self.reassembly.add(packet, tails, now_ns, &mut give_up(pool, counters, tap));
     }
 
     /// Copies a fragment to another worker.
@@ -67,9 +69,10 @@ impl Gathering {
         tails: impl Iterator<Item = Frame>,
         pool: &mut FramePool,
         counters: &Counters,
+        tap: &mut Option<OpenTap<'_>>,
     ) {
         let mut tails = tails;
-        let sent = self.exchange.send(to, packet.port, |bytes| {
+        let sent = self.exchange.send(to, packet.port, packet.id, |bytes| {
             bytes.extend_from_slice(packet.frame.data());
             for tail in tails.by_ref() {
                 bytes.extend_from_slice(tail.data());
@@ -77,17 +80,26 @@ impl Gathering {
             }
         });
         tails.for_each(|tail| pool.push(tail));
-        pool.push(packet.frame);
         if sent {
             self.sent_to |= 1 << to;
             counters.add(Counter::fragments_handed_over, 1);
         } else {
             counters.count(Reason::FragmentLimit);
+            if let Some(tap) = tap {
+                tap.dropped(&packet, Reason::FragmentLimit);
+            }
         }
+        pool.push(packet.frame);
     }
 
     /// Takes what other workers have for this one, as much as `batch` has room for. Returns how much.
-    pub fn take_over(&mut self, batch: &mut Batch, pool: &mut FramePool, counters: &Counters) -> usize {
+    pub fn take_over(
+        &mut self,
+        batch: &mut Batch,
+        pool: &mut FramePool,
+        counters: &Counters,
+        tap: &mut Option<OpenTap<'_>>,
+    ) -> usize {
         let mut taken = 0;
         while batch.room() > 0
             && let Some(parcel) = self.exchange.receive(self.worker)
@@ -95,8 +107,12 @@ impl Gathering {
             taken += 1;
             if copy_in(&parcel.bytes, pool, &mut batch.received) {
                 batch.unpack(parcel.port);
+                batch.packets.iter_mut().rev().take(1).for_each(|packet| packet.id = parcel.id);
             } else {
                 counters.count(Reason::FragmentLimit);
+                if let Some(tap) = tap {
+                    tap.lost(parcel.id, parcel.port, &parcel.bytes, Reason::FragmentLimit);
+                }
             }
             self.exchange.give_back(self.worker, parcel);
         }
@@ -117,8 +133,14 @@ impl Gathering {
     }
 
     /// Gives up what has waited for too long.
-    pub fn expire(&mut self, now_ns: u64, pool: &mut FramePool, counters: &Counters) {
-        self.reassembly.expire(now_ns, &mut give_up(pool, counters));
+    pub fn expire(
+        &mut self,
+        now_ns: u64,
+        pool: &mut FramePool,
+        counters: &Counters,
+        tap: &mut Option<OpenTap<'_>>,
+    ) {
+        self.reassembly.expire(now_ns, &mut give_up(pool, counters, tap));
     }
 
     /// At the end of a round: wakes those that were sent something.
@@ -136,11 +158,18 @@ impl Gathering {
 }
 
 /// Counts a fragment that is given up, and frees its frames.
-fn give_up(pool: &mut FramePool, counters: &Counters) -> impl FnMut(Reason, Frame, Vec<Frame>) {
-    |reason, frame, tails| {
+fn give_up(
+    pool: &mut FramePool,
+    counters: &Counters,
+    tap: &mut Option<OpenTap<'_>>,
+) -> impl FnMut(Reason, Packet, Vec<Frame>) {
+    move |reason, packet, tails| {
         counters.count(reason);
         counters.add(Counter::fragments_released, 1);
-        pool.push(frame);
+        if let Some(tap) = tap {
+            tap.dropped(&packet, reason);
+        }
+        pool.push(packet.frame);
         tails.into_iter().for_each(|tail| pool.push(tail));
     }
 }

@@ -8,7 +8,7 @@ use crate::packet::{Packet, Part};
 use crate::port::Frame;
 
 /// Packets that wait in one worker at most.
-const MOST: usize = 256;
+pub(super) const MOST: usize = 256;
 /// Datagrams that wait for one next hop at most, as many as Linux keeps (`unres_qlen_bytes` is about 100 of them): enough
 /// for the first packets of a few connections.
 const MOST_PER_NEXT_HOP: usize = 16;
@@ -127,9 +127,8 @@ impl Holding {
                     .waiting
                     .pop_front_if(|held| held.deadline_ns == deadline_ns && held.together() <= batch.room())
             {
-                let Packet { frame, tail_len, port, part, .. } = held.packet;
-                let mut packet = Packet::new(frame, tail_len, port);
-                packet.part = part;
+                let Packet { frame, tail_len, port, part, id, .. } = held.packet;
+                let packet = Packet { part, id, ..Packet::new(frame, tail_len, port) };
                 batch.push(packet, held.tails);
                 left -= 1;
             }

@@ -16,7 +16,7 @@ use std::collections::{HashMap, VecDeque};
 use config::gateway::FragmentsSection;
 
 use super::batch::Batch;
-use crate::addr::Addr;
+use crate::addr::{Addr, Tuple};
 use crate::packet::{BURST, Datagram, Fragment, Packet, Part};
 use crate::port::Frame;
 use crate::verdict::Reason;
@@ -79,6 +79,8 @@ struct Piece {
     tails: Vec<Frame>,
     tail_len: u32,
     port: u8,
+    /// See [`Packet::id`].
+    id: u64,
     dont_fragment: bool,
     ip_len: u16,
     /// Where its data begins in the frame.
@@ -98,10 +100,18 @@ impl Piece {
             ip_len: packet.ip_len,
             dont_fragment: packet.dont_fragment,
             port: packet.port,
+            id: packet.id,
             tail_len: packet.tail_len,
             frame: packet.frame,
             tails: tails.collect(),
         }
+    }
+
+    /// The packet again, with as much of what was found out about it as its key holds.
+    fn into_packet(self, key: &Key) -> (Packet, Vec<Frame>) {
+        let tuple = Tuple { src: key.src, dst: key.dst, protocol: key.protocol, ..Tuple::default() };
+        let packet = Packet::new(self.frame, self.tail_len, self.port);
+        (Packet { id: self.id, tuple, out: tuple, ..packet }, self.tails)
     }
 
     fn end(&self) -> u16 {
@@ -255,10 +265,10 @@ impl Reassembly {
         packet: Packet,
         tails: impl Iterator<Item = Frame>,
         now_ns: u64,
-        give_up: &mut impl FnMut(Reason, Frame, Vec<Frame>),
+        give_up: &mut impl FnMut(Reason, Packet, Vec<Frame>),
     ) {
         let Part::Fragment(fragment) = packet.part else {
-            return give_up(Reason::InternalError, packet.frame, tails.collect());
+            return give_up(Reason::InternalError, packet, tails.collect());
         };
         let key = Key::of(&packet, fragment);
         let known = self.by_key.get(&key).copied();
@@ -266,7 +276,7 @@ impl Reassembly {
             if let Some(slot) = known {
                 self.discard(slot, Reason::FragmentMalformed, give_up);
             }
-            return give_up(Reason::FragmentMalformed, packet.frame, tails.collect());
+            return give_up(Reason::FragmentMalformed, packet, tails.collect());
         }
         let piece = Piece::new(packet, tails, fragment);
         match known.and_then(|slot| self.slots[slot as usize].refuses(&piece, fragment.more)) {
@@ -277,7 +287,8 @@ impl Reassembly {
                 {
                     self.discard(slot, reason, give_up);
                 }
-                give_up(reason, piece.frame, piece.tails);
+                let (packet, tails) = piece.into_packet(&key);
+                give_up(reason, packet, tails);
             }
         }
     }
@@ -289,16 +300,18 @@ impl Reassembly {
         piece: Piece,
         more: bool,
         now_ns: u64,
-        give_up: &mut impl FnMut(Reason, Frame, Vec<Frame>),
+        give_up: &mut impl FnMut(Reason, Packet, Vec<Frame>),
     ) {
         while self.frames + piece.frames() > self.limits.frames {
             if !self.discard_oldest(give_up) {
-                return give_up(Reason::FragmentLimit, piece.frame, piece.tails);
+                let (packet, tails) = piece.into_packet(&key);
+                return give_up(Reason::FragmentLimit, packet, tails);
             }
         }
         let known = self.by_key.get(&key).copied();
         let Some(slot) = known.or_else(|| self.open(key, now_ns, give_up)) else {
-            return give_up(Reason::FragmentLimit, piece.frame, piece.tails);
+            let (packet, tails) = piece.into_packet(&key);
+            return give_up(Reason::FragmentLimit, packet, tails);
         };
         self.fragments += 1;
         self.frames += piece.frames();
@@ -325,9 +338,9 @@ impl Reassembly {
             let waiting = &mut self.slots[slot as usize];
             let mut part = Part::First(waiting.datagram());
             for piece in waiting.pieces.drain(..) {
-                let mut packet = Packet::new(piece.frame, piece.tail_len, piece.port);
+                let (mut packet, tails) = piece.into_packet(&waiting.key);
                 packet.part = std::mem::replace(&mut part, Part::Later);
-                batch.push(packet, piece.tails);
+                batch.push(packet, tails);
             }
             self.free.push(slot);
             taken += 1;
@@ -336,7 +349,7 @@ impl Reassembly {
     }
 
     /// Gives up the datagrams that have waited for too long.
-    pub fn expire(&mut self, now_ns: u64, give_up: &mut impl FnMut(Reason, Frame, Vec<Frame>)) {
+    pub fn expire(&mut self, now_ns: u64, give_up: &mut impl FnMut(Reason, Packet, Vec<Frame>)) {
         for (queue, patience_ns) in [(0, self.limits.ipv4_ns), (1, self.limits.ipv6_ns)] {
             while let Some(waiting) = self.slots.get(self.queues[queue].oldest as usize)
                 && waiting.since_ns.saturating_add(patience_ns) <= now_ns
@@ -351,7 +364,7 @@ impl Reassembly {
         &mut self,
         key: Key,
         now_ns: u64,
-        give_up: &mut impl FnMut(Reason, Frame, Vec<Frame>),
+        give_up: &mut impl FnMut(Reason, Packet, Vec<Frame>),
     ) -> Option<u32> {
         if self.by_key.len() >= self.limits.datagrams {
             self.discard_oldest(give_up);
@@ -389,16 +402,18 @@ impl Reassembly {
     }
 
     /// Drops a datagram that is not complete.
-    fn discard(&mut self, slot: u32, reason: Reason, give_up: &mut impl FnMut(Reason, Frame, Vec<Frame>)) {
+    fn discard(&mut self, slot: u32, reason: Reason, give_up: &mut impl FnMut(Reason, Packet, Vec<Frame>)) {
         self.close(slot);
-        for piece in self.slots[slot as usize].pieces.drain(..) {
-            give_up(reason, piece.frame, piece.tails);
+        let Waiting { key, pieces, .. } = &mut self.slots[slot as usize];
+        for piece in pieces.drain(..) {
+            let (packet, tails) = piece.into_packet(key);
+            give_up(reason, packet, tails);
         }
         self.free.push(slot);
     }
 
     /// Drops the datagram that has waited for longest. False if none waits.
-    fn discard_oldest(&mut self, give_up: &mut impl FnMut(Reason, Frame, Vec<Frame>)) -> bool {
+    fn discard_oldest(&mut self, give_up: &mut impl FnMut(Reason, Packet, Vec<Frame>)) -> bool {
         let oldest = self.queues.iter().map(|queue| queue.oldest).filter(|slot| *slot != NONE);
         let Some(slot) = oldest.min_by_key(|slot| self.slots[*slot as usize].since_ns) else { return false };
         self.discard(slot, Reason::FragmentLimit, give_up);

@@ -15,6 +15,7 @@ use crate::table::flow_map::FlowMapConfig;
 use crate::table::lpm::Lpm;
 use crate::tables::{NextHop, PortLink, PortSettings, Route, Settings};
 
+mod capture;
 mod fragments;
 
 const FRAMES: usize = 512;
@@ -96,16 +97,21 @@ impl Rig {
     /// `mtu`: of the way to 10.2.0.0/16.
     fn publish_mtu(&mut self, epoch: u32, mac_of_next_hop: Option<[u8; 6]>, mtu: u16) {
         let gateway = Addr::from("10.2.0.9".parse::<IpAddr>().unwrap());
+        let router = Addr::from("198.51.100.1".parse::<IpAddr>().unwrap());
         let link = |port| PortLink { mac: mac(port), mtu: 1500, up: true, ..PortLink::default() };
         self.publisher.publish_fib(Arc::new(Fib {
             epoch,
             routes: Arc::new(Lpm::build([
                 (net("10.2.0.0/16"), Route::NextHop(0)),
                 (net("fd00:2::/64"), Route::NextHop(0)),
+                (net("198.51.100.0/24"), Route::NextHop(1)),
                 (net("192.0.2.1/32"), Route::Local),
                 (net("10.9.0.0/16"), Route::Blackhole),
             ])),
-            next_hops: vec![NextHop { port: 1, gateway, mac: mac_of_next_hop, mtu }],
+            next_hops: vec![
+                NextHop { port: 1, gateway, mac: mac_of_next_hop, mtu },
+                NextHop { port: 0, gateway: router, mac: Some([2, 0, 0, 0, 0, 1]), mtu: 1500 },
+            ],
             ports: vec![link(0), link(1)],
         }));
     }

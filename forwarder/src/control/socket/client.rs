@@ -6,7 +6,7 @@ use config::control::{Begin, MAX_LINE_BYTES, Reply, Request, VERSION};
 use config::fault::{Code, Fault};
 
 use super::line::{Budget, Charge, Lines};
-use super::{Answer, Backend, Dump, Ticket, Transaction};
+use super::{Answer, Backend, Dump, Event, Stream, Ticket, Transaction};
 
 /// No further request is looked at while so many bytes of replies are unread.
 const OUTPUT_PAUSE_BYTES: usize = 64 << 10;
@@ -15,6 +15,7 @@ const OUTPUT_PAUSE_BYTES: usize = 64 << 10;
 enum Work {
     Nothing,
     Dump(Dump),
+    Stream(Box<dyn Stream>),
     Commit,
 }
 
@@ -33,6 +34,8 @@ pub struct Client {
     work: Work,
     greeted: bool,
     staging: Option<Staging>,
+    /// The client will send nothing more.
+    closed: bool,
     /// After a fault that ends the conversation: nothing more is read, what is in `output` is still sent.
     finished: bool,
 }
@@ -49,6 +52,7 @@ impl Client {
             work: Work::Nothing,
             greeted: false,
             staging: None,
+            closed: false,
             finished: false,
         }
     }
@@ -59,6 +63,19 @@ impl Client {
             && let Err(fault) = self.input.push(bytes)
         {
             self.end(fault);
+        }
+        self.stop_stream();
+    }
+
+    /// The client has closed its side: nothing more will be received.
+    pub fn closed(&mut self) {
+        self.closed = true;
+        self.stop_stream();
+    }
+
+    fn stop_stream(&mut self) {
+        if let Work::Stream(stream) = &mut self.work {
+            stream.stop();
         }
     }
 
@@ -76,6 +93,17 @@ impl Client {
                 }
                 true
             }
+            Work::Stream(stream) => match stream.next() {
+                Event::Reply(reply) => {
+                    self.reply(*reply);
+                    true
+                }
+                Event::Nothing => false,
+                Event::Over => {
+                    self.work = Work::Nothing;
+                    true
+                }
+            },
             Work::Commit => false,
             Work::Nothing if self.finished => false,
             Work::Nothing => match self.input.next_line() {
@@ -132,6 +160,13 @@ impl Client {
             question => match backend.answer(question) {
                 Answer::Reply(reply) => self.reply(*reply),
                 Answer::Dump(dump) => self.work = Work::Dump(dump),
+                Answer::Stream(stream) => {
+                    self.work = Work::Stream(stream);
+                    // The end may have come with the request.
+                    if self.closed || self.input.is_unfinished() {
+                        self.stop_stream();
+                    }
+                }
             },
         }
     }
@@ -213,7 +248,8 @@ impl Client {
 
     /// True if more input is of use now.
     pub fn wants_input(&self) -> bool {
-        !self.finished && matches!(self.work, Work::Nothing) && self.unread() < OUTPUT_PAUSE_BYTES
+        let listens = matches!(self.work, Work::Nothing | Work::Stream(_));
+        !self.finished && listens && self.unread() < OUTPUT_PAUSE_BYTES
     }
 
     /// True if part of a line is waiting for its rest.
@@ -231,7 +267,12 @@ impl Client {
         !self.greeted
     }
 
-    /// True if a commit or a dump is under way.
+    /// True while a stream is under way.
+    pub fn is_streaming(&self) -> bool {
+        matches!(self.work, Work::Stream(_))
+    }
+
+    /// True if a commit, a dump or a stream is under way.
     pub fn is_working(&self) -> bool {
         !matches!(self.work, Work::Nothing)
     }
@@ -287,6 +328,30 @@ mod tests {
 
     use super::*;
 
+    /// Says `done` twice, then nothing until it is stopped.
+    #[derive(Default)]
+    struct Twice {
+        said: u32,
+        stopped: bool,
+    }
+
+    impl Stream for Twice {
+        fn next(&mut self) -> Event {
+            self.said += 1;
+            match (self.said, self.stopped) {
+                (1 | 2, _) => Event::reply(Reply::Done),
+                (_, false) => Event::Nothing,
+                (3, true) => Event::reply(Reply::Captured { count: 2, missed: 0 }),
+                (_, true) => Event::Over,
+            }
+        }
+
+        fn stop(&mut self) {
+            self.said = 2;
+            self.stopped = true;
+        }
+    }
+
     /// Keeps what is committed; `get` is an endless dump.
     #[derive(Default)]
     struct Fake {
@@ -302,6 +367,7 @@ mod tests {
                 Request::Get(_) => {
                     Answer::Dump(Box::new(std::iter::repeat_with(|| Some(Reply::End { count: 1 }))))
                 }
+                Request::Capture(_) => Answer::Stream(Box::new(Twice::default())),
                 _ => Reply::Done.into(),
             }
         }
@@ -327,7 +393,9 @@ mod tests {
 
         /// Sends text and returns the replies to it.
         fn say(&mut self, text: impl AsRef<[u8]>) -> Vec<Reply> {
-            self.client.receive(text.as_ref());
+            if !text.as_ref().is_empty() {
+                self.client.receive(text.as_ref());
+            }
             let mut replies = Vec::new();
             while self.client.step(&self.backend, |id| Ticket::new(id, &self.outbox)) {
                 for (id, reply) in self.outbox.take() {
@@ -487,6 +555,27 @@ mod tests {
         assert!(!talk.client.wants_input());
         talk.client.sent(unread);
         assert!(talk.client.step(&talk.backend, |id| Ticket::new(id, &talk.outbox)));
+    }
+
+    #[test]
+    fn a_stream_ends_with_the_next_byte_or_the_end_of_input() {
+        const CAPTURE: &str = "{\"capture\":{}}\n";
+        let end = Reply::Captured { count: 2, missed: 0 };
+        let mut talk = Talk::new().hello();
+        assert_eq!(talk.say(CAPTURE), [Reply::Done, Reply::Done]);
+        assert!(talk.client.is_streaming() && talk.client.is_working() && talk.client.wants_input());
+        assert!(talk.say("").is_empty(), "nothing has happened");
+        assert_eq!(talk.say("\"sta"), std::slice::from_ref(&end));
+        assert_eq!(talk.say("tus\"\n"), [Reply::Done], "and the conversation goes on");
+
+        assert_eq!(talk.say(CAPTURE), [Reply::Done, Reply::Done]);
+        talk.client.closed();
+        assert_eq!(talk.say(""), std::slice::from_ref(&end));
+        assert!(!talk.client.is_working());
+
+        // The end came with the request.
+        let mut talk = Talk::new().hello();
+        assert_eq!(talk.say(format!("{CAPTURE}\"status\"\n")), [end, Reply::Done]);
     }
 
     #[test]

@@ -2,8 +2,8 @@
 //!
 //! `line` cuts bytes into lines, `client` is one conversation without descriptors or clocks, `peer` says who may come
 //! in, and [`serve`] here moves bytes between them and the kernel. Every request either is answered at once by the
-//! [`Backend`], or is a dump that is pulled while the client reads, or a commit whose answer comes later from the
-//! commit thread through a [`Ticket`].
+//! [`Backend`], or is a dump that is pulled while the client reads, or a stream that is looked at every few milliseconds,
+//! or a commit whose answer comes later from the commit thread through a [`Ticket`].
 //!
 //! Limits, and what happens at them ([`Limits`]): a line that stays unfinished or a reply that stays unread is cut off
 //! after 5 s, an open change after 30 s without a further line; over all clients, unfinished lines and staged changes
@@ -34,12 +34,41 @@ use peer::{Admission, Peer};
 /// (so that others may have their turn), but there is no reply yet.
 pub type Dump = Box<dyn Iterator<Item = Option<Reply>> + Send>;
 
+/// Replies that come when something happens, until they end by themselves or the client wants no more of them.
+pub trait Stream: Send {
+    /// What has happened. Must not block; called again at once after a reply, else after [`STREAM_EVERY`].
+    fn next(&mut self) -> Event;
+
+    /// The client has sent something or closed its side: after what has happened already, the end must come.
+    fn stop(&mut self);
+}
+
+/// The next thing in a [`Stream`].
+#[derive(Debug)]
+pub enum Event {
+    /// A reply.
+    Reply(Box<Reply>),
+    /// Nothing has happened yet.
+    Nothing,
+    /// There will be no more.
+    Over,
+}
+
+impl Event {
+    /// A reply.
+    pub fn reply(reply: Reply) -> Event {
+        Event::Reply(Box::new(reply))
+    }
+}
+
 /// What is answered to a question.
 pub enum Answer {
     /// One reply.
     Reply(Box<Reply>),
     /// Many replies, or one that takes long.
     Dump(Dump),
+    /// Replies that are not there yet.
+    Stream(Box<dyn Stream>),
 }
 
 impl From<Reply> for Answer {
@@ -180,6 +209,9 @@ const TURN: Duration = Duration::from_millis(1);
 /// How long a new client may take to say hello before it makes room for another: programs say it at once.
 const GREETING: Duration = Duration::from_millis(50);
 
+/// How often streams are looked at in which nothing has happened: workers wake nobody for a packet.
+pub const STREAM_EVERY: Duration = Duration::from_millis(5);
+
 /// How long a client that is cut off may take to read why.
 const LINGER: Duration = Duration::from_secs(1);
 
@@ -230,7 +262,10 @@ impl Connection {
     /// Receives once. A read takes no control message, so descriptors sent along are closed by the kernel (unix(7)).
     fn receive(&mut self, buffer: &mut [u8], now: Instant) {
         match rustix::io::read(&self.stream, &mut *buffer) {
-            Ok(0) => self.eof = true,
+            Ok(0) => {
+                self.eof = true;
+                self.client.closed();
+            }
             Ok(n) => {
                 self.active = now;
                 // After a fault the rest is read and thrown away, so that the fault is not lost in a reset.
@@ -421,10 +456,12 @@ fn wait(
         }
     }
     let timeout = match (more_to_do, connections.is_empty() && accepting) {
-        (true, _) => Some(Timespec { tv_sec: 0, tv_nsec: 0 }),
-        (false, false) => Some(Timespec { tv_sec: 0, tv_nsec: 100_000_000 }),
+        (true, _) => Some(Duration::ZERO),
+        (false, false) if connections.iter().any(|c| c.client.is_streaming()) => Some(STREAM_EVERY),
+        (false, false) => Some(Duration::from_millis(100)),
         (false, true) => None,
     };
+    let timeout = timeout.map(|timeout| Timespec { tv_sec: 0, tv_nsec: timeout.subsec_nanos().into() });
     match poll(&mut fds, timeout.as_ref()) {
         Ok(_) | Err(Errno::INTR) => {}
         Err(error) => return Err(error.into()),

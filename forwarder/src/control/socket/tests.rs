@@ -17,6 +17,40 @@ struct Fake {
     generation: Mutex<u64>,
     /// Tickets kept here are not answered.
     hold: Mutex<Option<Vec<Ticket>>>,
+    /// What streams have to tell; without it they tell without end.
+    news: Option<Arc<Mutex<Vec<Reply>>>>,
+    /// Streams that there are.
+    streams: Arc<AtomicUsize>,
+}
+
+struct News {
+    news: Option<Arc<Mutex<Vec<Reply>>>>,
+    stopped: bool,
+    streams: Arc<AtomicUsize>,
+}
+
+impl Stream for News {
+    fn next(&mut self) -> Event {
+        let news = match &self.news {
+            Some(news) => news.lock().unwrap().pop(),
+            None => Some(Reply::End { count: 1 }),
+        };
+        match news {
+            Some(reply) => Event::reply(reply),
+            None if self.stopped => Event::Over,
+            None => Event::Nothing,
+        }
+    }
+
+    fn stop(&mut self) {
+        self.stopped = true;
+    }
+}
+
+impl Drop for News {
+    fn drop(&mut self) {
+        self.streams.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Backend for Fake {
@@ -28,6 +62,11 @@ impl Backend for Fake {
         match request {
             Request::Get(_) => {
                 Answer::Dump(Box::new(std::iter::repeat_with(|| Some(Reply::End { count: 1 }))))
+            }
+            Request::Capture(_) => {
+                let (news, streams) = (self.news.clone(), self.streams.clone());
+                streams.fetch_add(1, Ordering::Relaxed);
+                Answer::Stream(Box::new(News { news, stopped: false, streams }))
             }
             _ => Reply::Done.into(),
         }
@@ -57,9 +96,13 @@ struct Server {
 
 impl Server {
     fn start(limits: Limits, admission: Admission) -> Server {
+        Server::with(Fake::default(), limits, admission)
+    }
+
+    fn with(backend: Fake, limits: Limits, admission: Admission) -> Server {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("s")).unwrap();
-        let backend = Arc::new(Fake::default());
+        let backend = Arc::new(backend);
         let outbox = Arc::new(Outbox::new().unwrap());
         let (b, o) = (backend.clone(), outbox.clone());
         let thread = thread::spawn(move || serve(&listener, admission, &limits, &*b, &o));
@@ -164,6 +207,67 @@ fn clients_that_never_read_or_never_finish_hold_up_nobody_and_are_cut() {
             let text = until_closed(stream);
             assert!(text.len() < 2 << 20, "client {i} was sent {} bytes", text.len());
         }
+    }
+}
+
+const CAPTURE: &str = "{\"capture\":{}}\n";
+
+#[test]
+fn a_stream_waits_for_news_as_long_as_it_takes_and_ends_with_its_client() {
+    let news = Arc::new(Mutex::new(vec![]));
+    let fake = Fake { news: Some(news.clone()), ..Fake::default() };
+    let server = Server::with(fake, quick(), root_too());
+    let mut talk = server.client();
+    talk.send(CAPTURE);
+    // Longer than a client may be idle otherwise.
+    thread::sleep(Duration::from_millis(700));
+    for count in 0..3 {
+        news.lock().unwrap().push(Reply::End { count });
+        assert_eq!(talk.reply(), Some(Reply::End { count }));
+    }
+    news.lock().unwrap().push(Reply::Done);
+    talk.0.get_ref().shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!((talk.reply(), talk.reply()), (Some(Reply::Done), None), "what is left, then the end");
+
+    let mut talk = server.client();
+    talk.send(CAPTURE);
+    assert_eq!(talk.ask(STATUS), Reply::Done, "a further request ends it");
+    talk.send(CAPTURE);
+    let streams = || server.backend.streams.load(Ordering::Relaxed);
+    let start = Instant::now();
+    while streams() != 1 && start.elapsed() < Duration::from_secs(20) {
+        thread::yield_now();
+    }
+    assert_eq!(streams(), 1);
+    drop(talk);
+    while streams() != 0 && start.elapsed() < Duration::from_secs(20) {
+        thread::yield_now();
+    }
+    assert_eq!(streams(), 0, "a client that is gone has no stream");
+}
+
+#[test]
+fn streams_that_nobody_reads_are_ended_and_hold_up_nobody() {
+    let server = Server::start(quick(), root_too());
+    let mut lazy = Vec::new();
+    for _ in 0..20 {
+        let mut stream = server.connect();
+        stream.write_all(format!("{HELLO}{CAPTURE}").as_bytes()).unwrap();
+        lazy.push(stream);
+    }
+    let mut honest = server.client();
+    let start = Instant::now();
+    let mut slowest = Duration::ZERO;
+    let streams = || server.backend.streams.load(Ordering::Relaxed);
+    while start.elapsed() < Duration::from_millis(200) || streams() > 0 {
+        let asked = Instant::now();
+        assert_eq!(honest.ask(STATUS), Reply::Done);
+        slowest = slowest.max(asked.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(20), "{} streams are left", streams());
+    }
+    assert!(slowest < Duration::from_secs(2), "an honest client waited {slowest:?}");
+    for stream in lazy {
+        assert!(until_closed(stream).len() < 2 << 20);
     }
 }
 

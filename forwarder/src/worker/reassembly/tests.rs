@@ -93,7 +93,8 @@ impl Rig {
     fn feed(&mut self, sent: &Sent, now_ns: u64) -> Vec<Event> {
         let (packet, tails) = sent.packet(&mut self.pool);
         let mut gone = Vec::new();
-        let mut give_up = |reason, frame: Frame, tails: Vec<Frame>| gone.push((reason, frame, tails));
+        let mut give_up =
+            |reason, packet: Packet, tails: Vec<Frame>| gone.push((reason, packet.frame, tails));
         self.reassembly.expire(now_ns, &mut give_up);
         self.reassembly.add(packet, tails.into_iter(), now_ns, &mut give_up);
         let mut events = Vec::new();
@@ -350,15 +351,15 @@ fn a_flood_of_first_fragments_leaves_the_memory_where_it_is() {
         let (mut packet, tails) = Sent::new(0, 0, true, &data(0, 8)).packet(&mut rig.pool);
         packet.tuple.dst = Addr::v4(number);
         let pool = &mut rig.pool;
-        let mut give_up = |reason, frame, _| {
+        let mut give_up = |reason, packet: Packet, _| {
             assert_eq!(reason, Reason::FragmentLimit);
-            pool.push(frame);
+            pool.push(packet.frame);
         };
         rig.reassembly.add(packet, tails.into_iter(), u64::from(number), &mut give_up);
         assert!(rig.reassembly.len() <= 16);
     }
     assert_eq!((rig.reassembly.by_key.capacity(), rig.reassembly.slots.capacity()), before);
     let pool = &mut rig.pool;
-    rig.reassembly.expire(u64::MAX, &mut |_, frame, _| pool.push(frame));
+    rig.reassembly.expire(u64::MAX, &mut |_, packet, _| pool.push(packet.frame));
     assert_eq!((rig.reassembly.len(), rig.pool.len()), (0, FRAMES));
 }

@@ -8,7 +8,7 @@ const L3: usize = 14;
 const L4: usize = 34;
 
 /// A datagram of `len` bytes behind the UDP header, not fragmented.
-fn datagram(to: &str, len: usize) -> Vec<u8> {
+pub(super) fn datagram(to: &str, len: usize) -> Vec<u8> {
     let dst: std::net::Ipv4Addr = to.parse().unwrap();
     let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], mac(0))
         .ipv4([198, 51, 100, 7], dst.octets(), 64)
@@ -29,7 +29,7 @@ fn with_word(mut frame: Vec<u8>, at: usize, word: u16) -> Vec<u8> {
 }
 
 /// The datagram in fragments of `size` bytes of data, identified by `id`.
-fn fragments(datagram: &[u8], id: u16, size: usize) -> Vec<Vec<u8>> {
+pub(super) fn fragments(datagram: &[u8], id: u16, size: usize) -> Vec<Vec<u8>> {
     let data = &datagram[L4..];
     let piece = |(number, part): (usize, &[u8])| {
         let more = (number + 1) * size < data.len();
