@@ -231,7 +231,7 @@ mod tests {
                 before: tuple(number),
                 after: tuple(number + 100),
                 service: u64::MAX - 7,
-                endpoint: (number % 2 == 0).then_some((Addr::v4(number), 8080)),
+                endpoint: number.is_multiple_of(2).then_some((Addr::v4(number), 8080)),
                 flow: [None, Some((Direction::Original, 7)), Some((Direction::Reply, u32::MAX))]
                     [number as usize % 3],
                 verdict,

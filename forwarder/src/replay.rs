@@ -177,7 +177,9 @@ impl Replay {
         let worker = Worker {
             index: 0,
             ports: (0..ports).map(|_| MemoryPort::new()).collect(),
-            pool: Umem::anonymous(FRAMES + gateway.fragments.frames, 4096).take_frames().context("frames of a new UMEM")?,
+            pool: Umem::anonymous(FRAMES + gateway.fragments.frames, 4096)
+                .take_frames()
+                .context("frames of a new UMEM")?,
             punts: (0..ports).map(|_| punt()).collect::<Result<_>>()?,
             reader: publisher.reader(0),
             flows: flows.clone(),

@@ -31,15 +31,15 @@ impl Connection {
         let connection = Connection { client: (client, 4242), vip: (vip, 80), pod: (pod, 8080), seen_as };
         let answer = tcp_at(pod, 8080, seen_as.0, seen_as.1, (5000, 1001), SYN | ACK, b"");
         gateway.forwarded(INSIDE, OUTSIDE, &answer);
-        gateway.forwarded(OUTSIDE, INSIDE, &connection.from_client((1001, 5001), ACK, b""));
+        gateway.forwarded(OUTSIDE, INSIDE, &connection.client_segment((1001, 5001), ACK, b""));
         connection
     }
 
-    fn from_client(&self, numbers: (u32, u32), flags: u8, payload: &[u8]) -> Vec<u8> {
+    fn client_segment(&self, numbers: (u32, u32), flags: u8, payload: &[u8]) -> Vec<u8> {
         tcp_at(self.client.0, self.client.1, self.vip.0, self.vip.1, numbers, flags, payload)
     }
 
-    fn from_pod(&self, numbers: (u32, u32), flags: u8, payload: &[u8]) -> Vec<u8> {
+    fn pod_segment(&self, numbers: (u32, u32), flags: u8, payload: &[u8]) -> Vec<u8> {
         tcp_at(self.pod.0, self.pod.1, self.seen_as.0, self.seen_as.1, numbers, flags, payload)
     }
 
@@ -95,12 +95,12 @@ fn each(mut check: impl FnMut(&mut Gateway, Connection)) {
 #[test]
 fn data_of_the_client_tells_the_endpoint_and_the_same_data_again_tells_the_client() {
     each(|gateway, connection| {
-        let request = connection.from_client((1001, 5001), ACK, b"GET /");
+        let request = connection.client_segment((1001, 5001), ACK, b"GET /");
         assert_eq!(reset(gateway, OUTSIDE, &request), connection.to_pod(1001, 5001));
         assert_eq!(reset(gateway, OUTSIDE, &request), connection.to_client(5001, 0));
         // Whatever comes late is answered with what its sender accepts, and never forwarded.
         assert_eq!(reset(gateway, OUTSIDE, &request), connection.to_client(5001, 0));
-        let late = connection.from_pod((5001, 1001), ACK, b"200");
+        let late = connection.pod_segment((5001, 1001), ACK, b"200");
         assert_eq!(reset(gateway, INSIDE, &late), connection.to_pod(1001, 0));
         assert_eq!(gateway.flows(), 1);
         gateway.rest(241);
@@ -112,11 +112,11 @@ fn data_of_the_client_tells_the_endpoint_and_the_same_data_again_tells_the_clien
 fn data_of_the_endpoint_tells_the_client_at_once() {
     each(|gateway, connection| {
         // A client that waits for an answer sends nothing by itself.
-        let data = connection.from_pod((5001, 1006), ACK, b"200");
+        let data = connection.pod_segment((5001, 1006), ACK, b"200");
         assert_eq!(reset(gateway, INSIDE, &data), connection.to_client(5001, 1006));
         assert_eq!(reset(gateway, INSIDE, &data), connection.to_pod(1006, 0));
         // The client does not take it in the middle of what it has not got yet; it asks, and gets what it waits for (RFC 5961).
-        let challenge = connection.from_client((1006, 4999), ACK, b"");
+        let challenge = connection.client_segment((1006, 4999), ACK, b"");
         assert_eq!(reset(gateway, OUTSIDE, &challenge), connection.to_client(4999, 0));
     });
 }
@@ -124,10 +124,10 @@ fn data_of_the_endpoint_tells_the_client_at_once() {
 #[test]
 fn an_acknowledgment_is_answered_since_it_is_not_sent_again() {
     each(|gateway, connection| {
-        let ack = connection.from_client((1001, 6001), ACK, b"");
+        let ack = connection.client_segment((1001, 6001), ACK, b"");
         assert_eq!(reset(gateway, OUTSIDE, &ack), connection.to_client(6001, 0));
         // The client is told already: the endpoint need not wait for a second packet of its own.
-        let data = connection.from_pod((6001, 1001), ACK, b"more");
+        let data = connection.pod_segment((6001, 1001), ACK, b"more");
         assert_eq!(reset(gateway, INSIDE, &data), connection.to_pod(1001, 0));
     });
 }
@@ -135,10 +135,10 @@ fn an_acknowledgment_is_answered_since_it_is_not_sent_again() {
 #[test]
 fn a_fin_counts_as_data_and_a_rst_goes_on() {
     each(|gateway, connection| {
-        let fin = connection.from_client((1001, 5001), FIN | ACK, b"");
+        let fin = connection.client_segment((1001, 5001), FIN | ACK, b"");
         assert_eq!(reset(gateway, OUTSIDE, &fin), connection.to_pod(1001, 5001));
         assert_eq!(reset(gateway, OUTSIDE, &fin), connection.to_client(5001, 0));
-        let own = connection.from_pod((5001, 0), RST, b"");
+        let own = connection.pod_segment((5001, 0), RST, b"");
         let out = gateway.forwarded(INSIDE, OUTSIDE, &own);
         assert_eq!((rig::source(&out), sequence(&out).0), (connection.vip.0, 5001));
     });
@@ -147,9 +147,9 @@ fn a_fin_counts_as_data_and_a_rst_goes_on() {
 #[test]
 fn a_new_connection_from_the_same_port_begins_anew() {
     each(|gateway, connection| {
-        let syn = connection.from_client((9000, 0), SYN, b"");
+        let syn = connection.client_segment((9000, 0), SYN, b"");
         gateway.forwarded(OUTSIDE, INSIDE, &syn);
-        gateway.forwarded(OUTSIDE, INSIDE, &connection.from_client((9001, 1), ACK, b"x"));
+        gateway.forwarded(OUTSIDE, INSIDE, &connection.client_segment((9001, 1), ACK, b"x"));
         assert_eq!(gateway.flows(), 1);
     });
 }
@@ -158,7 +158,7 @@ fn a_new_connection_from_the_same_port_begins_anew() {
 fn if_the_endpoint_cannot_be_reached_the_client_is_told_at_once() {
     each(|gateway, connection| {
         gateway.lose_next_hop(INSIDE);
-        let request = connection.from_client((1001, 5001), ACK, b"GET /");
+        let request = connection.client_segment((1001, 5001), ACK, b"GET /");
         assert_eq!(reset(gateway, OUTSIDE, &request), connection.to_client(5001, 0));
     });
 }
@@ -167,7 +167,7 @@ fn if_the_endpoint_cannot_be_reached_the_client_is_told_at_once() {
 fn whoever_was_not_told_for_want_of_answers_is_told_later() {
     each(|gateway, connection| {
         gateway.limit_answers(0);
-        let data = connection.from_pod((5001, 1006), ACK, b"200");
+        let data = connection.pod_segment((5001, 1006), ACK, b"200");
         assert_eq!(gateway.judge(INSIDE, &data).0, Verdict::Drop(Reason::AnswerLimit));
         gateway.limit_answers(1_000);
         assert_eq!(reset(gateway, INSIDE, &data), connection.to_client(5001, 1006));
@@ -177,7 +177,7 @@ fn whoever_was_not_told_for_want_of_answers_is_told_later() {
 #[test]
 fn a_trace_tells_nobody() {
     each(|gateway, connection| {
-        let request = connection.from_client((1001, 5001), ACK, b"GET /");
+        let request = connection.client_segment((1001, 5001), ACK, b"GET /");
         for _ in 0..2 {
             let steps = gateway.trace(OUTSIDE, &request);
             assert!(

@@ -224,9 +224,12 @@ mod tests {
         }
     }
 
+    /// See [`check`].
+    type Step<'s> = (u32, Option<(Removal, &'s [u32])>, &'s [u32]);
+
     /// What is ended after each of the steps: seconds, and what changes then, if anything does.
     #[track_caller]
-    fn check(steps: &[(u32, Option<(Removal, &[u32])>, &[u32])]) {
+    fn check(steps: &[Step<'_>]) {
         let (flows, mut cleanup) = (flows(), Cleanup::default());
         for (now_s, change, expected) in steps {
             if let Some((removal, staying)) = change {

@@ -28,7 +28,12 @@ pub fn flows(gateway: &Gateway) -> FlowMapConfig {
 /// What session affinity of a gateway remembers.
 pub fn affinity(gateway: &Gateway) -> FlowMapConfig {
     let capacity = gateway.flows.affinity_entries();
-    FlowMapConfig { capacity, embryonic_phases: 0, tallies: FlowMapConfig::default().tallies, ..flows(gateway) }
+    FlowMapConfig {
+        capacity,
+        embryonic_phases: 0,
+        tallies: FlowMapConfig::default().tallies,
+        ..flows(gateway)
+    }
 }
 
 /// Opens the file of a region, creating it if needed.

@@ -221,7 +221,7 @@ fn every_fate_has_its_records() {
         assert_eq!(answer.len as usize, bytes.len());
     }
     // The runt, whose headers are none.
-    let (runt, bytes) = at(Point::Drop).last().unwrap();
+    let (runt, bytes) = at(Point::Drop).next_back().unwrap();
     assert_eq!((runt.note.before, &bytes[..]), (Tuple::default(), &b"runt"[..]));
     // A packet of several frames, cut where the capture says.
     let jumbo = at(Point::Rx).find(|(record, _)| record.len > 5000).unwrap();

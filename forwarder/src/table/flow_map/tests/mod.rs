@@ -110,7 +110,7 @@ fn a_flow_is_found_in_both_directions() {
 fn tallies_count_live_flows() {
     let map = FlowMap::anonymous(FlowMapConfig { tallies: 8, ..config(64) });
     let mut worker = map.worker(0);
-    let tallied = |i: u32, tally| NewFlow { tally, ..if i % 2 == 0 { flow(i) } else { flow_v6(i) } };
+    let tallied = |i: u32, tally| NewFlow { tally, ..if i.is_multiple_of(2) { flow(i) } else { flow_v6(i) } };
     let counts = || [1, 2, 7].map(|tally| map.tally(tally));
     let ids: Vec<_> = (0..12)
         .map(|i| map.insert(&mut worker, &tallied(i, [1, 2, 7][i as usize % 3]), 100).unwrap().flow.id())
