@@ -39,7 +39,7 @@ fn packet_headers(packet: &mut Packet, tables: &Tables, fib: &Fib) -> Result<(),
     packet.out = packet.tuple;
     let settings = tables.settings.ports.get(usize::from(packet.port)).copied().unwrap_or_default();
     if packet.layer4 != Layer4::Fragment {
-        parse_l4(packet, settings);
+        parse_l4(packet, 0, settings);
         return Ok(());
     }
     match packet.part {
@@ -183,16 +183,16 @@ fn parse_first_fragment(packet: &mut Packet, settings: PortSettings) -> Result<(
         return Err(drop(Reason::FragmentTiny));
     }
     // Linux finishes checksums before it fragments (ip_do_fragment, ip6_fragment).
-    parse_l4(packet, PortSettings { partial_checksums: false, ..settings });
+    parse_l4(packet, datagram.later_len, PortSettings { partial_checksums: false, ..settings });
     Ok(())
 }
 
 /// Reads ports and flags. A header that contradicts its lengths leaves [`Layer4::Malformed`]: such a packet may be routed, as
-/// Linux does, but is never translated.
-fn parse_l4(packet: &mut Packet, settings: PortSettings) {
-    let l4_len = packet.layer4_len();
+/// Linux does, but is never translated. `later_len`: bytes of layer 4 in further fragments.
+fn parse_l4(packet: &mut Packet, later_len: u16, settings: PortSettings) {
     let data = packet.frame.data();
     let end = usize::from(packet.l3) + usize::from(packet.ip_len);
+    let l4_len = end - usize::from(packet.l4) + usize::from(later_len);
     let bytes = &data[usize::from(packet.l4).min(data.len())..end.min(data.len())];
     let v4 = packet.tuple.src.is_v4();
     let (layer4, ports) = match (packet.tuple.protocol, v4) {
