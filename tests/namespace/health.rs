@@ -111,6 +111,7 @@ fn slice(name: &str, pods: &[(u8, &str)]) -> String {
 const READY: &str = "ready: true";
 const TERMINATING: &str = "ready: false, serving: true, terminating: true";
 
+/// Rules 10.1, 10.2.
 #[test]
 fn health_checks_of_services_come_change_and_go() {
     let cluster = Cluster::new("check", 1).unwrap();
@@ -197,6 +198,7 @@ fn eventually(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
+/// Rules 10.4, 10.5.
 #[test]
 fn healthz_and_livez_are_those_of_kube_proxy() {
     let cluster = Cluster::new("healthz", 1).unwrap();
@@ -278,6 +280,7 @@ fn scrape(cluster: &Cluster) -> Result<Metrics> {
     Metrics::parse(&answer.body).context("the metrics")
 }
 
+/// Rule 10.6.
 #[test]
 fn metrics_tell_what_happened() {
     let cluster = Cluster::new("metrics", 1).unwrap();

@@ -147,7 +147,6 @@ mod tests {
         assert_eq!(shown(&[v6, none], "", TCP, false), ["fd00::1:80"]);
     }
 
-    /// Rule 2.1.
     #[test]
     fn the_weight_of_a_pod_wins_over_that_of_its_slice() {
         let mut facts = facts(
@@ -164,6 +163,7 @@ mod tests {
         assert_eq!(weights(&facts), [0, 7, 7]);
     }
 
+    /// Rule 2.1.
     #[test]
     fn absent_conditions_mean_ready_serving_and_not_terminating() {
         let facts = facts(

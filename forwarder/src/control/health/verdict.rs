@@ -177,6 +177,7 @@ mod tests {
     }
 
     /// The cases of kubernetes pkg/proxy/healthcheck/healthcheck_test.go `TestHealthzServer` and `TestLivezServer`.
+    /// Rules 10.4, 10.5.
     #[test]
     fn healthz_looks_at_the_node_and_livez_does_not() {
         let well = verdict(&[], [false; 2]);
@@ -199,6 +200,7 @@ mod tests {
         }
     }
 
+    /// Rule 10.3.
     #[test]
     fn bodies_are_those_of_kube_proxy() {
         let (first, second, now) = ("1970-01-01T00:01:00Z", "1970-01-01T00:02:00Z", "1970-01-01T00:05:00Z");
@@ -219,6 +221,7 @@ mod tests {
     }
 
     /// The cases of kubernetes pkg/proxy/healthcheck/healthcheck_test.go `TestServer`.
+    /// Rules 10.1, 10.3.
     #[test]
     fn a_service_is_healthy_with_local_endpoints_on_a_healthy_gateway() {
         let service =
