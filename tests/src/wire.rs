@@ -23,9 +23,18 @@ impl Wire {
         Ok(Wire { socket })
     }
 
-    /// Puts one frame on the wire, from the Ethernet header on.
+    /// Puts one frame on the wire, from the Ethernet header on. Waits while the other end has no room (ENOBUFS), for a second at most.
     pub fn send(&self, frame: &[u8]) -> Result<()> {
-        rustix::io::write(&self.socket, frame).map(drop).context("frame not sent")
+        let deadline = Instant::now() + Duration::from_secs(1);
+        loop {
+            match rustix::io::write(&self.socket, frame) {
+                Ok(_) => return Ok(()),
+                Err(rustix::io::Errno::NOBUFS | rustix::io::Errno::AGAIN) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_micros(50));
+                }
+                Err(error) => return Err(error).context("frame not sent"),
+            }
+        }
     }
 
     /// Lets `bytes` wait in the kernel until they are received.
