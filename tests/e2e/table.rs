@@ -15,8 +15,9 @@ sources are in `tests/e2e`. Tags in brackets are left out of the names.
 
 The gateway stands for the node whose Service proxy a client asks, so *local* is what is on the gateway's own node. Clients are pods,
 nodes, or outside; every scenario speaks both IP families unless it is about one. Where upstream waits until a change has taken effect,
-here the very next packet must see it. After each scenario every packet that the gateway received is accounted for, none was dropped for a
-reason that the scenario did not give, and nothing was logged as an error.
+here the very next packet must see it; only UDP flows of a pod that is gone and healthCheckNodePorts may follow a moment later. After each
+scenario every packet that the gateway received is accounted for, none was dropped for a reason that the scenario did not give, and nothing
+was logged as an error.
 
 This file is written by `scripts/test e2e --table`; a run of everything fails if it is out of date.
 ";
