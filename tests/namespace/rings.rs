@@ -18,6 +18,15 @@ fn values(counts: &[Count]) -> BTreeMap<&str, u64> {
     counts.iter().map(|count| (count.name.as_str(), count.value)).collect()
 }
 
+/// True once every thread of a process has stopped; the signal only asks for it.
+fn stands_still(pid: Pid) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", pid.as_raw_nonzero())).unwrap();
+    tasks.flatten().all(|task| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+    })
+}
+
 /// Sends [`SENT`] datagrams while the data plane stands still, lets it go on, and returns the counters once all are accounted
 /// for. The steering program takes a worker for dead after a second, so that there is time for one try after the other.
 fn overflow(daemon: &Towpathd, wire: &Wire) -> Stats {
@@ -25,6 +34,10 @@ fn overflow(daemon: &Towpathd, wire: &Wire) -> Stats {
     let before = received(&daemon.stats().unwrap());
     let pid = Pid::from_raw(daemon.data_plane().unwrap() as i32).unwrap();
     kill_process(pid, Signal::STOP).unwrap();
+    let start = Instant::now();
+    while !stands_still(pid) {
+        assert!(start.elapsed() < Duration::from_secs(10), "the data plane does not stop");
+    }
     let frame = probe::datagram();
     for _ in 0..SENT {
         wire.send(&frame).unwrap();
