@@ -25,10 +25,10 @@ use super::publish::look_again_after;
 use super::restore;
 use super::socket::{Ticket, Transaction};
 use super::state::{Accepted, Operation, Refusal, Touch};
+use super::steering::Steering;
 use super::{Shared, Steer, World};
 use crate::addr::Addr;
 use crate::kernel::fib::Wanted;
-use crate::port::xsk::steer::Contents;
 use crate::tables::{Fib, Route};
 
 /// Changes that come within this time share a generation: at most 1,000 generations a second.
@@ -94,11 +94,8 @@ impl OwnAddresses {
 pub struct Committer {
     shared: Arc<Shared>,
     dir: StateDir,
-    steer: Box<dyn Steer>,
+    steering: Steering,
     routes: Box<dyn FnMut(Wanted) + Send>,
-    /// What the steering maps hold, and what they should hold for the newest generation.
-    in_maps: Contents,
-    wanted_in_maps: Contents,
     own: OwnAddresses,
     epoch: u32,
     generation: u64,
@@ -125,13 +122,12 @@ impl Committer {
         routes: Box<dyn FnMut(Wanted) + Send>,
         generation: u64,
     ) -> Result<Committer, Fault> {
-        let in_maps = steer.contents().map_err(steering_fault)?;
+        let range = shared.gateway.snat.ports;
+        let steering = Steering::new(steer, (range.first, range.last)).map_err(steering_fault)?;
         let mut committer = Committer {
             dir,
-            steer,
+            steering,
             routes,
-            wanted_in_maps: Contents::default(),
-            in_maps,
             own: OwnAddresses::of(&shared.publisher.fib()),
             epoch: shared.publisher.fib().epoch,
             generation: generation.max(1) - 1,
@@ -157,6 +153,9 @@ impl Committer {
         compilation.steering_changed = true;
         compilation.routes_changed = true;
         committer.grow(&world, &compilation)?;
+        // Flows that were open before may need what the objects do not ask for any more.
+        let result = committer.steering.grow_for_flows(&shared.flows);
+        committer.note_steering(result);
         world.compiler.count_flows(&shared.flows);
         let update = Update::of_everything(committer.generation + 1, monotonic_ns());
         committer.publish(&world, compilation, update);
@@ -184,6 +183,7 @@ impl Committer {
             self.follow_updates();
             self.answer_waiters();
             self.settle();
+            self.shrink();
             self.clean_up();
             if self.looked.elapsed() >= TICK {
                 self.look_around();
@@ -196,7 +196,7 @@ impl Committer {
 
     /// How long the thread may sleep if no change comes.
     fn patience(&self) -> Duration {
-        if self.cleanup.is_walking() {
+        if self.cleanup.is_walking() || self.steering.is_walking() {
             return Duration::ZERO;
         }
         match self.waiters.first() {
@@ -318,36 +318,15 @@ impl Committer {
         if !compilation.steering_changed {
             return Ok(());
         }
-        let wanted = world.compiler.steer_set(&world.state, &self.own.all).contents();
-        let (grow, _) = self.in_maps.difference(&wanted);
-        if !grow.is_empty()
-            && let Err(error) = self.steer.apply(grow.clone())
-        {
-            // Some of it may be in the maps.
-            self.in_maps = self.steer.contents().unwrap_or_else(|_| self.in_maps.clone());
-            let back = self.wanted_in_maps.clone();
-            self.steer_to(&back);
-            return Err(steering_fault(error));
-        }
-        self.in_maps.apply(&grow);
-        self.wanted_in_maps = wanted;
-        Ok(())
+        let wanted = world.compiler.steer_set(&world.state, &self.own.all);
+        self.steering.grow(wanted).map_err(steering_fault)
     }
 
-    /// Brings the maps to exactly `wanted`.
-    fn steer_to(&mut self, wanted: &Contents) {
-        let (grow, shrink) = self.in_maps.difference(wanted);
-        for change in [grow, shrink].into_iter().filter(|change| !change.is_empty()) {
-            match self.steer.apply(change.clone()) {
-                Ok(()) => {
-                    self.in_maps.apply(&change);
-                    self.shared.solved("steering");
-                }
-                Err(error) => {
-                    self.shared.problem("steering", steering_fault(error));
-                    self.in_maps = self.steer.contents().unwrap_or_else(|_| self.in_maps.clone());
-                }
-            }
+    /// Notes how it went to bring the steering maps to what they should hold.
+    fn note_steering(&self, result: Result<(), String>) {
+        match result {
+            Ok(()) => self.shared.solved("steering"),
+            Err(error) => self.shared.problem("steering", steering_fault(error)),
         }
     }
 
@@ -442,9 +421,17 @@ impl Committer {
             return;
         }
         self.is_settled = true;
-        let wanted = self.wanted_in_maps.clone();
-        self.steer_to(&wanted);
+        self.steering.begin_shrink();
         self.shared.publisher.reap();
+    }
+
+    /// Takes out of the steering maps what neither the newest generation nor a flow needs.
+    fn shrink(&mut self) {
+        if self.is_settled
+            && let Some(result) = self.steering.step(&self.shared.flows, Instant::now())
+        {
+            self.note_steering(result);
+        }
     }
 
     /// Looks at the next flows and ends those whose endpoint is gone, as far as that is due.
@@ -472,7 +459,7 @@ impl Committer {
         self.follow_addresses();
         if self.counted.elapsed() >= COUNT_EVERY {
             self.counted = Instant::now();
-            self.shared.set_steer_counters(self.steer.counters());
+            self.shared.set_steer_counters(self.steering.counters());
         }
         if self.dir.needs_rotation() {
             self.rotate();

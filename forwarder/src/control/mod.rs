@@ -36,6 +36,7 @@ pub mod commit;
 pub mod persist;
 pub mod publish;
 pub mod restore;
+pub mod steering;
 
 pub mod capture;
 pub mod flow;

@@ -15,7 +15,7 @@ use super::super::{Control, ControlParts};
 use super::*;
 use crate::addr::{Tuple, protocol};
 use crate::control::PortInfo;
-use crate::port::xsk::steer::SteerChange;
+use crate::port::xsk::steer::{Contents, SteerChange};
 use crate::stage::flow::Phase;
 use crate::table::flow_map::{FlowMap, FlowMapConfig, NewFlow};
 use crate::tables::{Action, FrontendKey};

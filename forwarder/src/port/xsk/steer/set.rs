@@ -201,6 +201,29 @@ impl SteerSet {
     }
 }
 
+impl SteerSet {
+    /// Adds everything that `other` redirects.
+    pub fn extend(&mut self, other: &SteerSet) {
+        self.vips.extend(&other.vips);
+        self.local_ports.extend(&other.local_ports);
+        for (addr, local) in &other.local {
+            let own = self.local.entry(*addr).or_default();
+            own.masquerade_ports = own.masquerade_ports.or(local.masquerade_ports);
+        }
+        for (net, usage) in &other.prefixes {
+            let own = self.prefixes.entry(*net).or_default();
+            own.destination |= usage.destination;
+            own.source |= usage.source;
+            own.service |= usage.service;
+        }
+    }
+
+    /// True if nothing is redirected.
+    pub fn is_empty(&self) -> bool {
+        *self == SteerSet::default()
+    }
+}
+
 impl Contents {
     /// The way from these contents to `next`: first what adds and widens, then what takes away.
     ///
