@@ -517,6 +517,9 @@ pub struct PodRow {
     pub node: String,
     /// `spec.hostNetwork`.
     pub host_network: bool,
+    /// `spec.containers[].ports[]` that have a `hostPort`, as `8080->80/TCP` or `192.0.2.1:8080->80/TCP`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub host_ports: Vec<String>,
     /// `status.phase`.
     pub phase: String,
     /// `metadata.creationTimestamp`, RFC 3339.

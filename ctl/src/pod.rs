@@ -26,7 +26,7 @@ impl Row for PodRow {
     fn header(view: View) -> Vec<&'static str> {
         let mut header = vec!["NAME", "STATUS", "AGE", "IP", "NODE"];
         if view.wide {
-            header.extend(["HOST-NETWORK"]);
+            header.extend(["HOST-NETWORK", "HOST-PORTS"]);
         }
         header
     }
@@ -46,6 +46,10 @@ impl Row for PodRow {
         ];
         if view.wide {
             cells.push(if self.host_network { "yes" } else { "no" }.into());
+            cells.push(match self.host_ports.as_slice() {
+                [] => "<none>".into(),
+                host_ports => host_ports.join(",").into(),
+            });
         }
         cells
     }
@@ -64,6 +68,7 @@ mod tests {
             ips: vec!["10.244.1.7".into(), "fd00:244:0:1::7".into()],
             node: "node-1".into(),
             phase: "Running".into(),
+            host_ports: vec!["8080->80/TCP".into()],
             created: Some("2026-11-21T23:58:30Z".into()),
             ..Default::default()
         }];
@@ -72,8 +77,8 @@ mod tests {
         my-nginx-646554d7fd-gqsfh   Running   90s   10.244.1.7,fd00:244:0:1::7   node-1
         ");
         insta::assert_snapshot!(print_rows(&rows, View::WIDE), @"
-        NAMESPACE   NAME                        STATUS    AGE   IP                           NODE     HOST-NETWORK
-        default     my-nginx-646554d7fd-gqsfh   Running   90s   10.244.1.7,fd00:244:0:1::7   node-1   no
+        NAMESPACE   NAME                        STATUS    AGE   IP                           NODE     HOST-NETWORK   HOST-PORTS
+        default     my-nginx-646554d7fd-gqsfh   Running   90s   10.244.1.7,fd00:244:0:1::7   node-1   no             8080->80/TCP
         ");
     }
 }

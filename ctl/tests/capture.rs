@@ -91,7 +91,7 @@ impl Daemon {
             flows,
             affinity,
             steer: Box::new(NoMaps),
-            routes: Box::new(|_| {}),
+            routes: Box::new(|_, _| {}),
             ports: vec![PortInfo::default(); 2],
             socket_counters: Box::new(|_| Default::default()),
             restarts: 0,

@@ -83,7 +83,7 @@ impl Daemon {
             flows,
             affinity,
             steer: Box::new(NoMaps),
-            routes: Box::new(|_| {}),
+            routes: Box::new(|_, _| {}),
             ports: vec![PortInfo { mode: "copy".into(), queues: 1, partial_checksums: true }; 2],
             socket_counters: Box::new(|_| Default::default()),
             restarts: 0,

@@ -41,14 +41,14 @@ fn in_cluster(packet: &str) -> Value {
 fn a_load_balancer_address_from_outside() {
     insta::assert_snapshot!(explain("tcp 198.51.100.7:4242 > 203.0.113.10:8080"), @r#"
     tcp 198.51.100.7:4242 > 203.0.113.10:8080
-      is forwarded as tcp 192.0.2.129:64925 > 10.244.1.7:80 by port inside
+      is forwarded as tcp 192.0.2.129:64221 > 10.244.1.7:80 by port inside
 
       Service    default/my-nginx, type LoadBalancer, resourceVersion 4711
       Frontend   203.0.113.10:8080/TCP, a LoadBalancer address, port http
       Client     outside the cluster
       Rule       externalTrafficPolicy Cluster: any endpoint, and replies must come back through us
       Endpoint   10.244.1.7:80, Pod/my-nginx-646554d7fd-gqsfh on node-1
-      Source     192.0.2.129:64925, masqueraded
+      Source     192.0.2.129:64221, masqueraded
 
       ENDPOINT        STATE         NODE     TARGET                          WHY
       10.244.1.7:80   ready         node-1   Pod/my-nginx-646554d7fd-gqsfh   chosen
@@ -64,7 +64,7 @@ fn a_load_balancer_address_from_outside() {
                    list cluster: 2 ready endpoints of the cluster
                    endpoint 10.244.1.7:80 (default/my-nginx-646554d7fd-gqsfh on node-1), by consistent hash
         route      10.244.1.7/32 by port inside, next hop 192.0.2.1
-        nat        source becomes 192.0.2.129:64925: the rule says masquerade
+        nat        source becomes 192.0.2.129:64221: the rule says masquerade
         verdict    forwarded by port inside
 
       Assumed

@@ -19,7 +19,9 @@ use crate::stage::flow::timeouts_s;
 use crate::stats::Counters;
 use crate::table::flow_map::{FlowMap, FlowMapConfig, FlowWorker};
 use crate::table::lpm::Lpm;
-use crate::tables::{Fib, Identity, NextHop, Origin, PortLink, PortSettings, Route, Tables};
+use crate::tables::{
+    Fib, Frontend, FrontendKind, Identity, NextHop, Origin, PortLink, PortSettings, Route, Tables,
+};
 use crate::trace::Step;
 use crate::verdict::Verdict;
 
@@ -260,9 +262,15 @@ fn served_on(tables: &Tables, addr: Addr) -> String {
 /// The Service of a flow, by the id that the flow keeps.
 fn service_of_flow(tables: &Tables, id: u64) -> String {
     let found = tables.frontends.iter().find(|(_, frontend)| frontend.service.stable_id == id);
-    match found.map(|(_, frontend)| &frontend.service) {
-        Some(port) if port.port_name.is_empty() => format!("of Service {}/{}", port.namespace, port.name),
-        Some(port) => format!("of Service {}/{} port {}", port.namespace, port.name, port.port_name),
+    let owner = |frontend: &Frontend| match frontend.kind {
+        FrontendKind::HostPort => "Pod",
+        _ => "Service",
+    };
+    match found.map(|(_, frontend)| (owner(frontend), &frontend.service)) {
+        Some((owner, port)) if port.port_name.is_empty() => {
+            format!("of {owner} {}/{}", port.namespace, port.name)
+        }
+        Some((owner, port)) => format!("of {owner} {}/{} port {}", port.namespace, port.name, port.port_name),
         None => "of a Service that is gone".to_owned(),
     }
 }
@@ -344,7 +352,7 @@ fn port_name(port: u16, protocol: u8) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tables::{Action, Frontend, FrontendKey, FrontendKind, ServicePort, Settings};
+    use crate::tables::{Action, FrontendKey, ServicePort, Settings};
     use crate::verdict::Reason;
 
     fn scene() -> Scene {

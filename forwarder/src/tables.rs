@@ -127,6 +127,8 @@ pub enum FrontendKind {
     ExternalIp,
     /// `spec.ports[].nodePort` on a node address.
     NodePort,
+    /// `spec.containers[].ports[].hostPort` of a Pod, on an address of its node.
+    HostPort,
 }
 
 /// One (address, protocol, port) of a Service. The three actions are decided when the tables are compiled

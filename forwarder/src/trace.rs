@@ -189,7 +189,8 @@ impl fmt::Display for Step {
                 } else {
                     format!(" port {}", service.port_name)
                 };
-                write!(f, "Service {}/{}{port}, {}", service.namespace, service.name, field(*kind))
+                let owner = if *kind == FrontendKind::HostPort { "Pod" } else { "Service" };
+                write!(f, "{owner} {}/{}{port}, {}", service.namespace, service.name, field(*kind))
             }
             Step::SourceRange(range) => write!(f, "source is in loadBalancerSourceRanges: {range}"),
             Step::List { list, endpoints } => write!(f, "list {}", list_text(*list, *endpoints)),
@@ -292,6 +293,7 @@ fn field(kind: FrontendKind) -> &'static str {
         FrontendKind::LoadBalancer => "status.loadBalancer.ingress",
         FrontendKind::ExternalIp => "spec.externalIPs",
         FrontendKind::NodePort => "spec.ports[].nodePort",
+        FrontendKind::HostPort => "spec.containers[].ports[].hostPort",
     }
 }
 

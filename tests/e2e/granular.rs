@@ -1,6 +1,6 @@
 //! Networking: every kind of client to every kind of address, by every protocol; pods without Services; large requests.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -11,10 +11,11 @@ use crate::rig::cluster::Family;
 use crate::rig::cluster::Family::{V4, V6};
 use crate::rig::cluster::Protocol::{self, Sctp, Tcp, Udp};
 use crate::rig::cluster::listen;
+use crate::rig::network::{FABRIC_V4, FABRIC_V6, GATEWAY, GATEWAY_V4, GATEWAY_V6};
 use crate::rig::place::Place;
 use crate::rig::server::Server;
 use crate::rig::service::{Service, Type};
-use crate::scenario::{Group, Scenario, later, not_applicable, run};
+use crate::scenario::{Group, Scenario, not_applicable, run};
 use crate::services::sticks;
 use crate::test::{Test, at, node_port, pod};
 
@@ -72,7 +73,7 @@ const NETWORKING: &[Scenario] = &[
         "should check kube-proxy urls",
         "kube-proxy's own port with /proxyMode; for /healthz see tests/namespace/health.rs",
     ),
-    later("should allow creating a Pod with an SCTP HostPort", "host ports"),
+    run!("should allow creating a Pod with an SCTP HostPort", sctp_host_port),
     not_applicable("should recreate its iptables rules if they are deleted", "iptables rules of kube-proxy"),
 ];
 
@@ -81,9 +82,9 @@ const IPERF: &[Scenario] = &[run!("should run iperf2", iperf)];
 const NO_SNAT: &[Scenario] =
     &[run!("Should be able to send traffic between Pods without SNAT", no_source_translation)];
 
-const HOST_PORT: &[Scenario] = &[later(
+const HOST_PORT: &[Scenario] = &[run!(
     "validates that there is no conflict between pods with same hostPort but different hostIP and protocol",
-    "host ports",
+    host_ports_without_conflict
 )];
 
 const POD_LIFECYCLE: &[Scenario] = &[
@@ -371,6 +372,50 @@ fn large(from: &Place, protocol: Protocol, to: SocketAddr) -> Result<()> {
     };
     ensure!(answer == message, "{} bytes came back of {}: {answer:.40}", answer.len(), message.len());
     Ok(())
+}
+
+// --- host ports ----------------------------------------------------------------------------------------------------------
+
+/// A pod of the gateway's own node, at the node's address for outside. Rule 7.3.
+fn sctp_host_port(test: &mut Test) -> Result<()> {
+    let client = test.client();
+    for host_ip in gateway_addresses() {
+        test.start(pod("hostport", GATEWAY).listen_on_host(Sctp, 5060, host_ip, 5060))?;
+        for answer in test.reaches(&client, Sctp, SocketAddr::new(host_ip, 5060), &["hostport"])? {
+            ensure!(client.addresses().contains(&answer.client.ip()), "{answer:?}");
+        }
+        test.delete("hostport")?;
+    }
+    Ok(())
+}
+
+/// The same host port for three pods: by TCP at one address of the node, by TCP at another, by UDP there. Upstream the first is at
+/// 127.0.0.1, which no packet reaches from elsewhere. Rule 7.3.
+fn host_ports_without_conflict(test: &mut Test) -> Result<()> {
+    let host_port = 54323;
+    for (outer, inner) in gateway_addresses().into_iter().zip(fabric_addresses()) {
+        test.start(pod("pod1", GATEWAY).listen_on_host(Tcp, 8080, inner, host_port))?;
+        test.start(pod("pod2", GATEWAY).listen_on_host(Tcp, 8080, outer, host_port))?;
+        test.start(pod("pod3", GATEWAY).listen_on_host(Udp, 8080, outer, host_port))?;
+        let client = test.client();
+        for from in [client, test.node("node-1"), test.pod("pod1")] {
+            test.reaches(&from, Tcp, SocketAddr::new(inner, host_port), &["pod1"])?;
+            test.reaches(&from, Tcp, SocketAddr::new(outer, host_port), &["pod2"])?;
+            test.reaches(&from, Udp, SocketAddr::new(outer, host_port), &["pod3"])?;
+        }
+        for name in ["pod1", "pod2", "pod3"] {
+            test.delete(name)?;
+        }
+    }
+    Ok(())
+}
+
+fn gateway_addresses() -> [IpAddr; 2] {
+    [GATEWAY_V4.into(), GATEWAY_V6.into()]
+}
+
+fn fabric_addresses() -> [IpAddr; 2] {
+    [FABRIC_V4.into(), FABRIC_V6.into()]
 }
 
 // --- beyond the cluster --------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ fn jobs_of(group: &'static Group) -> impl Iterator<Item = Job> {
             let upstream = scenario.upstream;
             Some(Job { group: group.name, upstream, name, gateway: *gateway, body: *body })
         }
-        Ours::NotApplicable(_) | Ours::Later(_) => None,
+        Ours::NotApplicable(_) => None,
     })
 }
 

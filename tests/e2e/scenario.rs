@@ -34,8 +34,6 @@ pub enum Ours {
     },
     /// Nothing, since no packet can decide it; why.
     NotApplicable(&'static str),
-    /// Nothing yet: what it needs first.
-    Later(&'static str),
 }
 
 /// `run!("upstream name", function)` or `run!("upstream name", function(arguments))`; behind it, a gateway other than
@@ -60,9 +58,4 @@ pub(crate) use run;
 /// An upstream test that no packet can decide.
 pub const fn not_applicable(upstream: &'static str, why: &'static str) -> Scenario {
     Scenario { upstream, ours: Ours::NotApplicable(why) }
-}
-
-/// An upstream test that needs something which is not there yet.
-pub const fn later(upstream: &'static str, what: &'static str) -> Scenario {
-    Scenario { upstream, ours: Ours::Later(what) }
 }

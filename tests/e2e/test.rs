@@ -64,7 +64,19 @@ impl PodSpec {
 
     /// The same, and the port has a name.
     pub fn listen_as(mut self, name: &str, protocol: Protocol, number: u16) -> PodSpec {
-        self.ports.push(Port { name: name.to_owned(), protocol, number });
+        self.ports.push(Port { name: name.to_owned(), protocol, number, host: None });
+        self
+    }
+
+    /// With a server on one more port, that its node serves as `host_port` at `host_ip`.
+    pub fn listen_on_host(
+        mut self,
+        protocol: Protocol,
+        number: u16,
+        host_ip: IpAddr,
+        host_port: u16,
+    ) -> PodSpec {
+        self.ports.push(Port { host: Some((host_ip, host_port)), ..listen(protocol, number) });
         self
     }
 

@@ -26,7 +26,7 @@ use super::restore;
 use super::socket::{Ticket, Transaction};
 use super::state::{Accepted, Operation, Refusal, Touch};
 use super::steering::Steering;
-use super::{Shared, Steer, World};
+use super::{Shared, Steer, WantRoutes, World};
 use crate::addr::Addr;
 use crate::kernel::fib::Wanted;
 use crate::tables::{Fib, Route};
@@ -95,7 +95,9 @@ pub struct Committer {
     shared: Arc<Shared>,
     dir: StateDir,
     steering: Steering,
-    routes: Box<dyn FnMut(Wanted) + Send>,
+    /// The tables have asked for more than the steering maps have room for.
+    steering_owed: bool,
+    routes: WantRoutes,
     own: OwnAddresses,
     epoch: u32,
     generation: u64,
@@ -119,7 +121,7 @@ impl Committer {
         shared: Arc<Shared>,
         dir: StateDir,
         steer: Box<dyn Steer>,
-        routes: Box<dyn FnMut(Wanted) + Send>,
+        routes: WantRoutes,
         generation: u64,
     ) -> Result<Committer, Fault> {
         let range = shared.gateway.snat.ports;
@@ -127,6 +129,7 @@ impl Committer {
         let mut committer = Committer {
             dir,
             steering,
+            steering_owed: false,
             routes,
             own: OwnAddresses::of(&shared.publisher.fib()),
             epoch: shared.publisher.fib().epoch,
@@ -315,11 +318,13 @@ impl Committer {
 
     /// Makes the steering maps catch what the new tables serve, besides what the old ones do.
     fn grow(&mut self, world: &World, compilation: &Compilation) -> Result<(), Fault> {
-        if !compilation.steering_changed {
+        if !compilation.steering_changed && !self.steering_owed {
             return Ok(());
         }
         let wanted = world.compiler.steer_set(&world.state, &self.own.all);
-        self.steering.grow(wanted).map_err(steering_fault)
+        self.steering.grow(wanted).map_err(steering_fault)?;
+        self.steering_owed = false;
+        Ok(())
     }
 
     /// Notes how it went to bring the steering maps to what they should hold.
@@ -334,12 +339,13 @@ impl Committer {
     fn publish(&mut self, world: &World, compilation: Compilation, update: Update) {
         self.generation += 1;
         debug_assert_eq!(compilation.tables.generation, self.generation);
-        // Routes first: a Service must not be served before its endpoints can be reached.
-        if compilation.routes_changed {
+        // Routes first: a Service must not be served before its endpoints can be reached. What is on a link waits for its address anyway.
+        if compilation.routes_changed || compilation.endpoints_changed {
             let pod_routes = identities::pod_routes(&world.state, &self.shared.gateway);
             let endpoints =
                 world.state.slices().flat_map(|(_, slice)| slice.endpoints.iter().map(|e| e.addr));
-            (self.routes)(Wanted { pod_routes, endpoints: endpoints.collect() });
+            let wanted = Wanted { pod_routes, endpoints: endpoints.collect() };
+            (self.routes)(wanted, compilation.routes_changed);
         }
         self.shared.publisher.publish_tables(compilation.tables);
         self.shared.health.updates().published(update);
@@ -499,8 +505,18 @@ impl Committer {
         compilation.steering_changed = true;
         let update = Update::of_everything(self.generation + 1, monotonic_ns());
         match self.grow(&world, &compilation) {
-            Ok(()) => self.publish(&world, compilation, update),
-            Err(fault) => self.shared.problem("steering", fault),
+            Ok(()) => {
+                // No object changes; but generations must not go backwards over a restart.
+                if let Err(error) = self.dir.append::<&str>(self.generation + 1, &[]) {
+                    self.storage_fault(&error);
+                }
+                self.publish(&world, compilation, update);
+            }
+            Err(fault) => {
+                // What was compiled is in the next generation too.
+                self.steering_owed = true;
+                self.shared.problem("steering", fault);
+            }
         }
     }
 

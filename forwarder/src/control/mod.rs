@@ -109,6 +109,9 @@ pub struct PortInfo {
 /// with a data plane.
 pub type SocketCounters = Box<dyn Fn(usize) -> af_xdp::Statistics + Send + Sync>;
 
+/// Takes what objects ask of the forwarding table; if the second argument is true, returns when it is in force.
+pub type WantRoutes = Box<dyn FnMut(Wanted, bool) + Send>;
+
 /// Everything that control is started with.
 pub struct ControlParts {
     /// The checked gateway file.
@@ -130,7 +133,7 @@ pub struct ControlParts {
     /// The steering maps.
     pub steer: Box<dyn Steer>,
     /// Takes what objects ask of the forwarding table. Called on the commit thread.
-    pub routes: Box<dyn FnMut(Wanted) + Send>,
+    pub routes: WantRoutes,
     /// What the kernel granted, by port.
     pub ports: Vec<PortInfo>,
     /// What the kernel counted for the sockets of a port.

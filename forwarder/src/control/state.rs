@@ -193,6 +193,14 @@ impl State {
         }
     }
 
+    /// A Pod by its reference.
+    pub fn pod(&self, reference: &ObjectRef) -> Option<&PodFacts> {
+        match &self.entries.get(reference)?.facts {
+            Facts::Pod(facts) => Some(facts),
+            _ => None,
+        }
+    }
+
     /// All Pods and what they say.
     pub fn pods(&self) -> impl Iterator<Item = (&Arc<Entry>, &PodFacts)> {
         self.of_kind(Kind::Pod).filter_map(|entry| match &entry.facts {

@@ -3,7 +3,7 @@
 //! A Service, a NodePort or an endpoint that is deleted leaves its connections alone, as it does with kube-proxy, where the kernel's
 //! connection tracking goes on translating them. Here their packets must still come to a worker. So before anything is taken out
 //! of the maps, the commit thread walks over the flow table, in steps; what a flow needs stays, and is asked for again
-//! [`AGAIN_AFTER`] later.
+//! ten seconds later.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -217,6 +217,11 @@ impl Walk {
             if !set.local.get(&addr).is_some_and(masquerades) {
                 self.needed.local.insert(addr, LocalAddress { masquerade_ports: Some(ports) });
             }
+            // A port of a range that was another one before a restart.
+            if !(ports.0..=ports.1).contains(&reply.dst_port) {
+                let port = LocalPort { addr, protocol: original.protocol, port: reply.dst_port };
+                self.needed.local_ports.insert(port);
+            }
         }
     }
 
@@ -290,6 +295,29 @@ mod tests {
         set
     }
 
+    #[test]
+    fn flows_masqueraded_to_ports_of_another_range_are_caught() {
+        let mut set = ranges();
+        set.local
+            .insert("192.0.2.1".parse().unwrap(), LocalAddress { masquerade_ports: Some((50_000, 60_000)) });
+        for (ports, needs_port) in [((50_000, 60_000), true), (PORTS, false)] {
+            let (flows, _) = flows(&[("10.96.0.1", 80, "10.244.1.7", Some("192.0.2.1"))]);
+            let maps = Maps::default();
+            let mut steering = Steering::new(Box::new(maps.clone()), ports).unwrap();
+            steering.grow(set.clone()).unwrap();
+            steering.grow_for_flows(&flows).unwrap();
+            let mut expected = set.clone();
+            if needs_port {
+                let addr = "192.0.2.1".parse().unwrap();
+                expected.local_ports.insert(LocalPort { addr, protocol: protocol::TCP, port: MASQUERADED });
+            }
+            assert_eq!(*maps.0.lock().unwrap(), expected.contents(), "{ports:?}");
+        }
+    }
+
+    /// Source port of every masqueraded flow here.
+    const MASQUERADED: u16 = 61_234;
+
     /// Flows of one client: to `destination`, translated to `endpoint`, masqueraded or not.
     fn flows(wanted: &[(&str, u16, &str, Option<&str>)]) -> (FlowMap, Vec<FlowId>) {
         let map = FlowMap::anonymous(FlowMapConfig { capacity: 10_000, workers: 1, ..Default::default() });
@@ -305,7 +333,7 @@ mod tests {
             let mut reply = original.reversed();
             reply.src = addr(endpoint);
             if let Some(snat) = snat {
-                reply.dst = addr(snat);
+                (reply.dst, reply.dst_port) = (addr(snat), MASQUERADED);
             }
             let phase = Phase::TcpEstablished as u8;
             map.insert(

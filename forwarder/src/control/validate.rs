@@ -12,8 +12,8 @@ use ipnet::IpNet;
 
 use super::address::host_net;
 use super::facts::{
-    AddressKind, Facts, NodeFacts, PodFacts, PortFacts, ServiceAddress, ServiceFacts, Skip, SliceFacts,
-    protocol_name,
+    AddressKind, Facts, HostPort, NodeFacts, PodFacts, PortFacts, ServiceAddress, ServiceFacts, Skip,
+    SliceFacts, protocol_name,
 };
 use super::state::{Claim, Entry, State};
 use crate::addr::{Addr, protocol};
@@ -179,6 +179,34 @@ impl Judge<'_> {
     }
 
     fn node_port(&mut self, field: &str, port: u16, number: u8) {
+        for other in self.state.claims().of(Claim::HostPort(port, number)) {
+            if self.state.pod(other).is_some_and(|pod| pod.is_on(&self.rules.gateway.gateway.name)) {
+                let value = format!("{port}/{}", protocol_name(number));
+                let message = format!("is a host port of {other} on this node");
+                return self.conflict(field, value, message, "give one of the two another port");
+            }
+        }
+        self.local_port(field, port, number);
+    }
+
+    /// A hostPort of a Pod on our own node, which no other Pod there may have at the same address, and no Service at any.
+    fn host_port(&mut self, port: &HostPort) {
+        let node = &self.rules.gateway.gateway.name;
+        let value = format!("{}/{}", port.host_port, protocol_name(port.protocol));
+        for other in self.state.claims().of(Claim::HostPort(port.host_port, port.protocol)) {
+            let overlaps =
+                |pod: &PodFacts| pod.is_on(node) && pod.host_ports.iter().any(|own| own.overlaps(port));
+            if **other != *self.me && self.state.pod(other).is_some_and(overlaps) {
+                let message = format!("is taken by {other} on this node");
+                let remedy = "give one of the two another port or hostIP, or run it on another node";
+                return self.conflict(&port.field, value, message, remedy);
+            }
+        }
+        self.local_port(&port.field, port.host_port, port.protocol);
+    }
+
+    /// A port of the gateway's own addresses.
+    fn local_port(&mut self, field: &str, port: u16, number: u8) {
         if let Some(other) = self.state.claims().other(Claim::NodePort(port, number), self.me) {
             let value = format!("{port}/{}", protocol_name(number));
             let message = format!("is taken by {other}");
@@ -221,8 +249,10 @@ impl Judge<'_> {
                 let message = format!("is an address of {service}: packets would come back forever");
                 self.conflict(&field, endpoint.addr, message, "give the address of a pod");
             } else if self.rules.is_own(endpoint.addr) {
-                let message = "is an address of this gateway".into();
-                self.conflict(&field, endpoint.addr, message, "give the address of a pod");
+                // Like a DaemonSet with hostNetwork: it is right in the cluster, and the others of its slice are served.
+                let message = "is an address of this gateway: connections to it are not passed to it";
+                let fault = Fault::new(Code::Ignored, message).field(&field).value(endpoint.addr);
+                self.found.warnings.push(fault.remedy("run its pod on another node as well"));
             }
         }
     }
@@ -287,6 +317,9 @@ impl Judge<'_> {
                 );
             }
             self.not_a_service(field, *addr, "give the Pod or the Service another address");
+        }
+        if pod.is_on(&self.rules.gateway.gateway.name) {
+            pod.host_ports.iter().for_each(|port| self.host_port(port));
         }
     }
 

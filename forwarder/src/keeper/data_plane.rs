@@ -89,8 +89,8 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
         affinity_worker: affinity.worker(workers),
         affinity: affinity.clone(),
         steer: Box::new(keeper.clone()),
-        routes: Box::new(move |routes| {
-            if !wanted.want(routes) {
+        routes: Box::new(move |routes, wait| {
+            if !wanted.want(routes, wait) {
                 warn!("routes to pods are not in force yet; they follow");
             }
         }),

@@ -185,14 +185,17 @@ impl Mirror {
         Ok(Mirror { shared, thread: Some(thread) })
     }
 
-    /// Replaces what Kubernetes objects ask of the forwarding table, and waits until it is published: some milliseconds, so that no
+    /// Replaces what Kubernetes objects ask of the forwarding table; if `wait`, returns when it is published: some milliseconds, so that no
     /// Service is served before there are routes to its endpoints. False: not within a second; it will take effect later.
-    pub fn want(&self, wanted: Wanted) -> bool {
+    pub fn want(&self, wanted: Wanted, wait: bool) -> bool {
         let mut wants = self.shared.wants.lock().unwrap_or_else(PoisonError::into_inner);
         wants.next = Some(wanted);
         wants.asked += 1;
         let mine = wants.asked;
         self.shared.wake();
+        if !wait {
+            return true;
+        }
         let done = self.shared.wants_done.wait_timeout_while(wants, WANT_PATIENCE, |wants| wants.done < mine);
         !done.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }

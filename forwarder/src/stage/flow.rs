@@ -12,7 +12,7 @@ use crate::table::flow_map::{Direction, FlowRef, Hit};
 use crate::tables::{Fib, Route, Tables};
 use crate::trace::{Step, Trace};
 use crate::verdict::Reason;
-use crate::wire::tcp;
+use crate::wire::{sctp, tcp};
 
 /// Phases of a flow. Their idle times are set by `[flows]` in the gateway file; the defaults are those of the RFCs named.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -30,17 +30,21 @@ pub enum Phase {
     Udp = 4,
     /// ICMP query (RFC 5508 REQ-1: at least 60 seconds).
     Icmp = 5,
-    /// SCTP.
+    /// SCTP: an association.
     Sctp = 6,
     /// A client remembered by session affinity; its time is its own.
     Affinity = 7,
     /// TCP that is to end because its endpoint is gone: see [`reset`]. Idle time as closing.
     TcpReset = 8,
+    /// SCTP before the client answered the server's INIT ACK. Idle time as opening TCP.
+    SctpOpening = 9,
+    /// SCTP after ABORT or SHUTDOWN COMPLETE. Idle time as closing TCP.
+    SctpClosing = 10,
 }
 
 impl Phase {
     /// All phases, in the order of their numbers.
-    pub const ALL: [Phase; 9] = [
+    pub const ALL: [Phase; 11] = [
         Phase::TcpOpening,
         Phase::TcpEstablished,
         Phase::TcpClosing,
@@ -50,18 +54,30 @@ impl Phase {
         Phase::Sctp,
         Phase::Affinity,
         Phase::TcpReset,
+        Phase::SctpOpening,
+        Phase::SctpClosing,
     ];
 
     /// Phases that count as embryonic: a flood of them must not take the room of established flows.
-    pub const EMBRYONIC: u16 = 1 << Phase::TcpOpening as u16;
+    pub const EMBRYONIC: u16 = 1 << Phase::TcpOpening as u16 | 1 << Phase::SctpOpening as u16;
 
-    /// The phase that a flow of `protocol` begins with; `flags`: control bits of its first packet, if it is TCP.
-    pub fn first(protocol: u8, flags: u8) -> Phase {
+    /// Phases of connections that are over.
+    pub const OVER: [u8; 3] = [Phase::TcpClosing as u8, Phase::TcpReset as u8, Phase::SctpClosing as u8];
+
+    /// Phases of flows that nobody may have answered yet.
+    pub const UNANSWERED: [u8; 3] =
+        [Phase::TcpOpening as u8, Phase::UdpOneWay as u8, Phase::SctpOpening as u8];
+
+    /// The phase that the flow of a packet begins with.
+    pub fn first(packet: &Packet) -> Phase {
+        let flags = if let Layer4::Tcp { flags } = packet.layer4 { flags } else { 0 };
+        let protocol = packet.tuple.protocol;
         match protocol {
             // A connection that is picked up in its middle (after a flush, or from another gateway) is established.
             protocol::TCP if flags & tcp::SYN == 0 => Phase::TcpEstablished,
             protocol::TCP => Phase::TcpOpening,
             protocol::UDP => Phase::UdpOneWay,
+            protocol::SCTP if first_chunk(packet) == Some(sctp::INIT) => Phase::SctpOpening,
             protocol::SCTP => Phase::Sctp,
             _ => Phase::Icmp,
         }
@@ -76,9 +92,11 @@ impl Phase {
             3 => "one-way",
             4 => "two-way",
             5 => "query",
-            6 => "sctp",
+            6 => "established",
             7 => "affinity",
             8 => "reset",
+            9 => "opening",
+            10 => "closing",
             _ => "?",
         }
     }
@@ -114,16 +132,20 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
             continue;
         }
         if !cx.read_only {
-            if is_new_connection(packet.layer4, direction, &flow) {
+            if is_new_connection(packet, direction, &flow) {
                 let id = flow.id();
                 cx.flows.remove(cx.flow_worker, id);
                 trace.step(index, || Step::FlowMiss);
                 continue;
             }
+            let asks_again = is_first(packet, direction) && !is_opening(flow.phase());
             if !reset::is_resetting(flow.phase()) {
-                follow(packet.layer4, direction, &flow);
+                follow(packet, direction, &flow);
             }
-            flow.touch(cx.now_s);
+            // Who asks for a connection that stands already keeps no dead one alive, as with Linux.
+            if !asks_again {
+                flow.touch(cx.now_s);
+            }
         }
         belongs_to(packet, &hit);
         trace.step(index, || Step::FlowHit {
@@ -183,21 +205,40 @@ pub fn source_side_matches(source: Addr, port: u8, tables: &Tables, fib: &Fib) -
     }
 }
 
-/// True for a SYN of the client on a connection that is over: port reuse (RFC 6191), a connection of its own.
+/// True for the first packet of the client on a connection that is over: port reuse (RFC 6191), a connection of its own.
 #[inline]
-fn is_new_connection(layer4: Layer4, direction: Direction, flow: &FlowRef<'_>) -> bool {
-    let Layer4::Tcp { flags } = layer4 else { return false };
-    flags & (tcp::SYN | tcp::ACK) == tcp::SYN
-        && direction == Direction::Original
-        && [Phase::TcpClosing as u8, Phase::TcpReset as u8].contains(&flow.phase())
+fn is_new_connection(packet: &Packet, direction: Direction, flow: &FlowRef<'_>) -> bool {
+    is_first(packet, direction) && Phase::OVER.contains(&flow.phase())
+}
+
+/// True for a packet of the client by which it asks for a connection: a SYN, or an INIT.
+#[inline]
+fn is_first(packet: &Packet, direction: Direction) -> bool {
+    direction == Direction::Original
+        && match packet.layer4 {
+            Layer4::Tcp { flags } => flags & (tcp::SYN | tcp::ACK) == tcp::SYN,
+            Layer4::Sctp => first_chunk(packet) == Some(sctp::INIT),
+            _ => false,
+        }
+}
+
+fn is_opening(phase: u8) -> bool {
+    Phase::EMBRYONIC >> phase & 1 != 0
+}
+
+/// The type of the first chunk of an SCTP packet. Those that begin and end an association are alone or first in theirs (RFC 9260 sections
+/// 3.3.2 and 6.10); an ABORT behind others is not seen.
+fn first_chunk(packet: &Packet) -> Option<u8> {
+    packet.frame.data().get(usize::from(packet.l4) + sctp::HEADER_LEN).copied()
 }
 
 /// Follows the state of a flow. No sequence numbers are tracked: a forged RST or FIN only shortens the idle time, and the next
 /// packet of the real connection restores it (RFC 5961 in spirit).
 #[inline]
-fn follow(layer4: Layer4, direction: Direction, flow: &FlowRef<'_>) {
-    match layer4 {
+fn follow(packet: &Packet, direction: Direction, flow: &FlowRef<'_>) {
+    match packet.layer4 {
         Layer4::Tcp { flags } => follow_tcp(flags, direction, flow),
+        Layer4::Sctp => follow_sctp(first_chunk(packet), direction, flow),
         Layer4::Udp if direction == Direction::Reply && flow.phase() == Phase::UdpOneWay as u8 => {
             flow.change_phase(Phase::UdpOneWay as u8, Phase::Udp as u8);
         }
@@ -241,6 +282,28 @@ fn follow_tcp(flags: u8, direction: Direction, flow: &FlowRef<'_>) {
     }
 }
 
+/// RFC 9260 section 4, as far as a middlebox sees it; verification tags are not tracked, as sequence numbers of TCP are not.
+fn follow_sctp(chunk: Option<u8>, direction: Direction, flow: &FlowRef<'_>) {
+    let phase = flow.phase();
+    let next = if matches!(chunk, Some(sctp::ABORT | sctp::SHUTDOWN_COMPLETE)) {
+        Phase::SctpClosing
+    } else if phase == Phase::SctpOpening as u8 {
+        match direction {
+            Direction::Reply => flow.set_flags(REPLIED),
+            Direction::Original if chunk != Some(sctp::INIT) && flow.flags() & REPLIED != 0 => {
+                return flow.change_phase(phase, Phase::Sctp as u8);
+            }
+            Direction::Original => {}
+        }
+        return;
+    } else {
+        Phase::Sctp
+    };
+    if next as u8 != phase {
+        flow.change_phase(phase, next as u8);
+    }
+}
+
 /// Idle times by phase, seconds, from the `[flows]` section of the gateway file.
 pub fn timeouts_s(flows: &FlowsSection) -> [u32; 16] {
     let mut timeouts_s = [flows.icmp_s; 16];
@@ -253,6 +316,8 @@ pub fn timeouts_s(flows: &FlowsSection) -> [u32; 16] {
         (Phase::Icmp, flows.icmp_s),
         (Phase::Sctp, flows.tcp_established_s),
         (Phase::TcpReset, flows.tcp_transitory_s),
+        (Phase::SctpOpening, flows.tcp_transitory_s),
+        (Phase::SctpClosing, flows.tcp_transitory_s),
     ] {
         timeouts_s[phase as usize] = timeout_s;
     }

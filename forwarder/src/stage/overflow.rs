@@ -93,13 +93,11 @@ pub fn forward(packet: &mut Packet, index: usize, out: Tuple, cx: &Context<'_>, 
 /// True if the consistent hash, which gave `endpoint`, must choose for a first packet whatever the algorithm of its Service is: if
 /// there is no room for an entry, if the connection went on without one before, or if it is in its middle, and may have.
 pub fn must_go_by_hash(packet: &Packet, endpoint: &Endpoint, cx: &Context<'_>) -> bool {
-    let flags = match packet.layer4 {
-        Layer4::Tcp { flags } if flags & tcp::SYN == 0 => return true,
-        Layer4::Tcp { flags } => flags,
-        _ => 0,
-    };
+    if matches!(packet.layer4, Layer4::Tcp { flags } if flags & tcp::SYN == 0) {
+        return true;
+    }
     let answer = Tuple { dst: endpoint.addr, dst_port: endpoint.port, ..packet.tuple }.reversed();
-    !cx.flows.has_room(Phase::first(packet.tuple.protocol, flags) as u8) || is_marked(&answer, cx)
+    !cx.flows.has_room(Phase::first(packet) as u8) || is_marked(&answer, cx)
 }
 
 /// True if an answer with this tuple could be that of a connection without an entry, to another VIP than `vip`: a new flow must not

@@ -218,6 +218,9 @@ fn parse_l4(packet: &mut Packet, later_len: u16, settings: PortSettings) {
         },
         (protocol::SCTP, _) => match bytes {
             [s0, s1, d0, d1, ..] if bytes.len() >= sctp::HEADER_LEN => {
+                // Linux leaves the checksum to a device that says it can (NETIF_F_SCTP_CRC, which veth does): zero.
+                let checksum = &bytes[sctp::CHECKSUM_OFFSET..sctp::HEADER_LEN];
+                packet.partial_checksum = settings.partial_checksums && checksum == [0; 4];
                 (Layer4::Sctp, (u16::from_be_bytes([*s0, *s1]), u16::from_be_bytes([*d0, *d1])))
             }
             _ => (Layer4::Malformed, (0, 0)),

@@ -50,6 +50,8 @@ pub fn decide(packet: &mut Packet) {
     match packet.verdict {
         Verdict::Forward { port } => {
             packet.verdict = Verdict::Answer { port, reason: Reason::EndpointRemoved };
+            // The RST is short, however long the packet was.
+            packet.cut_to = 0;
         }
         _ => packet.answer(Answer::Reset, Reason::EndpointRemoved),
     }

@@ -134,8 +134,7 @@ fn translate(packet: &mut Packet) {
     }
 }
 
-/// SCTP's CRC covers the ports, but no address (RFC 9260 section 6.8). It is computed anew, since Linux may have left it unfinished;
-/// not so where the packet is in several frames or fragments.
+/// SCTP's CRC covers the ports, but no address (RFC 9260 section 6.8).
 fn translate_sctp(packet: &mut Packet) {
     let (old, new) = (packet.tuple, packet.out);
     let (l3, l4, l4_len) = (usize::from(packet.l3), usize::from(packet.l4), packet.layer4_len());
@@ -144,10 +143,8 @@ fn translate_sctp(packet: &mut Packet) {
     let ports = [data[l4], data[l4 + 1], data[l4 + 2], data[l4 + 3]];
     put_word(data, l4, new.src_port);
     put_word(data, l4 + 2, new.dst_port);
-    if let Some(whole) = data.get_mut(l4..l4 + l4_len)
-        && packet.part == Part::Whole
-    {
-        return sctp::set_checksum(whole);
+    if packet.partial_checksum {
+        return;
     }
     let changed = [data[l4], data[l4 + 1], data[l4 + 2], data[l4 + 3]];
     let at = l4 + sctp::CHECKSUM_OFFSET;
@@ -233,6 +230,15 @@ fn set_ttl(data: &mut [u8], l3: usize, v4: bool, ttl: u8) {
 /// Computes the TCP or UDP checksum that Linux left unfinished.
 fn finish_checksum(packet: &mut Packet, tails: &[Frame]) {
     let l4 = usize::from(packet.l4);
+    if packet.layer4 == Layer4::Sctp {
+        let l4_len = packet.layer4_len();
+        let data = packet.frame.data();
+        let first = &data[l4..data.len().min(l4 + l4_len)];
+        let parts = std::iter::once(first).chain(tails.iter().map(|frame| frame.data()));
+        let checksum = sctp::checksum_of(parts, l4_len).to_le_bytes();
+        packet.frame.data_mut()[l4 + sctp::CHECKSUM_OFFSET..][..checksum.len()].copy_from_slice(&checksum);
+        return;
+    }
     let out = packet.out;
     let (at, is_udp) = match packet.layer4 {
         Layer4::Tcp { .. } => (l4 + tcp::CHECKSUM_OFFSET, false),

@@ -6,11 +6,13 @@ use config::gateway::Algorithm;
 
 use crate::addr::{Addr, Tuple, protocol};
 use crate::packet::{Answer, Choice, Layer4, Packet, Rewrite};
-use crate::pipeline::Context;
+use crate::pipeline::{Context, Rng};
 use crate::stage::flow::source_side_matches;
 use crate::stage::overflow;
-use crate::table::flow_map::{FlowMap, FlowRef};
-use crate::tables::{Action, Backends, Frontend, FrontendKey, FrontendKind, Identity, Origin, Vip};
+use crate::table::flow_map::FlowRef;
+use crate::tables::{
+    Action, Backends, Frontend, FrontendKey, FrontendKind, Identity, Origin, ServicePort, Vip,
+};
 use crate::trace::{ChosenBy, Step, Trace};
 use crate::verdict::Reason;
 use crate::wire::tcp;
@@ -145,8 +147,7 @@ fn choose(
 ) -> (usize, ChosenBy) {
     let has_affinity = frontend.service.affinity_timeout_s.is_some();
     if has_affinity
-        && let Some((addr, port)) =
-            remembered(cx.affinity, packet.tuple.src, frontend.service.stable_id, cx.now_s)
+        && let Some((addr, port)) = remembered(cx, packet.tuple.src, &frontend.service)
         && let Some(index) = backends.endpoints.iter().position(|e| e.addr == addr && e.port == port)
     {
         return (index, ChosenBy::Affinity);
@@ -159,7 +160,8 @@ fn choose(
     {
         return (by_hash(), ChosenBy::Maglev);
     }
-    let mut random = || cx.rng.next();
+    let mut rng = Rng::new(moment(packet, frontend, cx));
+    let mut random = || rng.next();
     match spread.algorithm() {
         Algorithm::LeastConnections => {
             let load = |index: usize| {
@@ -171,6 +173,18 @@ fn choose(
         // A client that session affinity forgot gets another endpoint: its hash would give it the same one.
         Algorithm::Maglev | Algorithm::Random => (spread.at_random(&mut random), ChosenBy::Random),
     }
+}
+
+/// A seed that is the same for all packets of one second, on every worker, that must meet one endpoint: a connection's, or with session
+/// affinity a client's. They may be judged before the choice for the first of them is known. It is another one each second.
+fn moment(packet: &Packet, frontend: &Frontend, cx: &Context<'_>) -> u64 {
+    let hash = match frontend.service.affinity_timeout_s {
+        Some(_) => cx.affinity.hash(&affinity_tuple(packet.tuple.src, frontend.service.stable_id)),
+        None => packet.hash,
+    };
+    // Odd constants of splitmix64: neighboring seconds are not neighboring seeds.
+    let mixed = hash ^ u64::from(cx.now_s).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb)
 }
 
 /// What session affinity is kept under: the client and the service port, as a tuple of no real protocol.
@@ -187,15 +201,16 @@ pub fn affinity_tuple(client: Addr, service: u64) -> Tuple {
 /// Reserved by IANA, so that it is no tuple of a packet.
 const AFFINITY_PROTOCOL: u8 = 255;
 
-fn remembered(affinity: &FlowMap, client: Addr, service: u64, now_s: u32) -> Option<(Addr, u16)> {
-    let tuple = affinity_tuple(client, service);
-    let hit = affinity.lookup(&tuple, affinity.hash(&tuple))?;
-    (!is_forgotten(&hit.flow, now_s)).then(|| hit.flow.endpoint())
+fn remembered(cx: &Context<'_>, client: Addr, service: &ServicePort) -> Option<(Addr, u16)> {
+    let tuple = affinity_tuple(client, service.stable_id);
+    let hit = cx.affinity.lookup(&tuple, cx.affinity.hash(&tuple))?;
+    (!is_forgotten(&hit.flow, service.affinity_timeout_s?, cx.now_s)).then(|| hit.flow.endpoint())
 }
 
-/// True if a remembered client is over its time: ageing is incremental, so the entry may still be there.
-pub fn is_forgotten(entry: &FlowRef<'_>, now_s: u32) -> bool {
-    now_s.wrapping_sub(entry.last_seen_s()) > entry.timeout_s()
+/// True if a remembered client is over the time that its Service gives it now: ageing is incremental, and by the time that the Service gave
+/// when the entry was made.
+pub fn is_forgotten(entry: &FlowRef<'_>, timeout_s: u32, now_s: u32) -> bool {
+    now_s.wrapping_sub(entry.last_seen_s()) > timeout_s
 }
 
 /// A packet to an address of Services that is no frontend.

@@ -5,6 +5,13 @@ pub const HEADER_LEN: usize = 12;
 /// Where the checksum stands in the common header.
 pub const CHECKSUM_OFFSET: usize = 8;
 
+/// Chunk type of the first packet of an association (RFC 9260 section 3.2).
+pub const INIT: u8 = 1;
+/// Chunk type of the end of an association that failed.
+pub const ABORT: u8 = 6;
+/// Chunk type of the last packet of an association.
+pub const SHUTDOWN_COMPLETE: u8 = 14;
+
 /// The polynomial of CRC32c, reflected.
 const POLYNOMIAL: u32 = 0x82f6_3b78;
 
@@ -29,7 +36,22 @@ const fn table() -> [u32; 256] {
 
 /// CRC32c of `bytes`.
 pub fn crc32c(bytes: &[u8]) -> u32 {
-    !bytes.iter().fold(u32::MAX, |crc, byte| TABLE[usize::from(crc as u8 ^ byte)] ^ crc >> 8)
+    !further(u32::MAX, bytes)
+}
+
+fn further(crc: u32, bytes: &[u8]) -> u32 {
+    bytes.iter().fold(crc, |crc, byte| TABLE[usize::from(crc as u8 ^ byte)] ^ crc >> 8)
+}
+
+/// The checksum of a packet of `len` bytes that lies in several parts, whose checksum field is zero.
+pub fn checksum_of<'p>(parts: impl Iterator<Item = &'p [u8]>, len: usize) -> u32 {
+    let (mut crc, mut left) = (u32::MAX, len);
+    for part in parts {
+        let part = &part[..part.len().min(left)];
+        crc = further(crc, part);
+        left -= part.len();
+    }
+    !crc
 }
 
 /// Computes the checksum of a whole SCTP packet and writes it; a packet shorter than the common header stays.

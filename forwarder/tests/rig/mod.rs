@@ -79,6 +79,7 @@ impl Gateway {
         let mut compiler = Compiler::new(Arc::new(file));
         compiler
             .set_own_addresses(["198.51.100.1", "10.0.0.1", "2001:db8:1::1", "fd00:1::1"].map(addr).to_vec());
+        compiler.set_partial_checksums(&[true, true]);
         compiler.compile_all(&State::default(), 1);
         let mut gateway = Gateway { compiler: Some(compiler), ..Gateway::with_share(flows, 25) };
         gateway.apply(objects);
@@ -110,7 +111,7 @@ impl Gateway {
 
     fn with_share(flows: u32, embryonic_share: u32) -> Gateway {
         let mut timeouts_s = [60; 16];
-        timeouts_s[..8].copy_from_slice(&[240, 7440, 240, 30, 300, 60, 300, 10_800]);
+        timeouts_s[..11].copy_from_slice(&[240, 7440, 240, 30, 300, 60, 7440, 10_800, 240, 240, 240]);
         let config = FlowMapConfig {
             capacity: flows,
             embryonic_share,
@@ -340,6 +341,10 @@ impl Gateway {
         pipeline::count(&burst, &self.counters);
         let [mut packet] = burst;
         assert_eq!(packet.frame.data(), bytes, "judging changes no frame");
+        assert!(
+            packet.cut_to == 0 || !matches!(packet.verdict, Verdict::Answer { .. }),
+            "an answer is not cut"
+        );
         if matches!(packet.verdict, Verdict::Forward { .. } | Verdict::Answer { .. }) {
             assert!(pipeline::rewrite(&mut packet, &[], &self.fib));
         }
@@ -362,7 +367,24 @@ impl Gateway {
     }
 
     /// Judges and rewrites a burst; every packet must be forwarded.
-    pub fn run(&mut self, mut burst: Vec<Packet>) {
+    pub fn run(&mut self, burst: Vec<Packet>) {
+        for packet in self.run_burst(burst) {
+            self.pool.push(packet.frame);
+        }
+    }
+
+    /// The same with packets that come in together; returns the frames as they leave.
+    pub fn forwarded_together(&mut self, port: u8, packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
+        let burst = self.burst(port, packets);
+        let mut frames = Vec::new();
+        for packet in self.run_burst(burst) {
+            frames.push(packet.frame.data().to_vec());
+            self.pool.push(packet.frame);
+        }
+        frames
+    }
+
+    fn run_burst(&mut self, mut burst: Vec<Packet>) -> Vec<Packet> {
         let mut cx = Context {
             tables: &self.tables,
             fib: &self.fib,
@@ -378,13 +400,13 @@ impl Gateway {
         };
         pipeline::run(&mut burst, &mut cx, &mut ());
         pipeline::count(&burst, &self.counters);
-        for mut packet in burst {
+        for packet in &mut burst {
             assert!(matches!(packet.verdict, Verdict::Forward { .. }));
-            pipeline::rewrite(&mut packet, &[], &self.fib);
-            self.pool.push(packet.frame);
+            pipeline::rewrite(packet, &[], &self.fib);
         }
         self.flows.quiescent(&mut self.flow_worker);
         self.affinity.quiescent(&mut self.affinity_worker);
+        burst
     }
 
     pub fn forwarded(&mut self, port: u8, to: u8, bytes: &[u8]) -> Vec<u8> {
@@ -506,6 +528,16 @@ pub fn udp(src: Addr, src_port: u16, dst: Addr, dst_port: u16, payload: &[u8]) -
     let header =
         etherparse::UdpHeader { source_port: src_port, destination_port: dst_port, length, checksum: 0 };
     frame(src, dst, protocol::UDP, &with_checksum(src, dst, TransportHeader::Udp(header), payload))
+}
+
+/// An SCTP packet of one chunk of a type, with its checksum.
+pub fn sctp(src: Addr, src_port: u16, dst: Addr, dst_port: u16, chunk: u8) -> Vec<u8> {
+    let mut l4 = Vec::new();
+    l4.extend(src_port.to_be_bytes());
+    l4.extend(dst_port.to_be_bytes());
+    l4.extend([0, 0, 0, 7, 0, 0, 0, 0, chunk, 0, 0, 8, 1, 2, 3, 4]);
+    forwarder::wire::sctp::set_checksum(&mut l4);
+    frame(src, dst, protocol::SCTP, &l4)
 }
 
 pub fn echo(src: Addr, dst: Addr, id: u16, payload: &[u8]) -> Vec<u8> {

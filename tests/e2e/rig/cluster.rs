@@ -56,11 +56,13 @@ pub struct Port {
     pub name: String,
     pub protocol: Protocol,
     pub number: u16,
+    /// `hostIP` and `hostPort`.
+    pub host: Option<(IpAddr, u16)>,
 }
 
 /// A port of a container, named after itself.
 pub fn listen(protocol: Protocol, number: u16) -> Port {
-    Port { name: format!("{}-{number}", protocol.name().to_lowercase()), protocol, number }
+    Port { name: format!("{}-{number}", protocol.name().to_lowercase()), protocol, number, host: None }
 }
 
 /// A pod, as far as slices need it.
@@ -219,6 +221,15 @@ impl Node {
 impl Pod {
     fn manifest(&self, namespace: &str) -> Value {
         let phase = if self.evicted { "Failed" } else { "Running" };
+        let port = |port: &Port| {
+            let mut json =
+                json!({"name": port.name, "protocol": port.protocol.name(), "containerPort": port.number});
+            if let Some((host_ip, host_port)) = port.host {
+                (json["hostIP"], json["hostPort"]) = (json!(host_ip), json!(host_port));
+            }
+            json
+        };
+        let ports: Vec<Value> = self.ports.iter().map(port).collect();
         let mut metadata = json!({"namespace": namespace, "name": self.name, "labels": {"app": self.app}});
         if self.terminating {
             metadata["deletionTimestamp"] = json!("2025-01-01T00:00:00Z");
@@ -227,7 +238,7 @@ impl Pod {
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": metadata,
-            "spec": {"nodeName": self.node, "hostNetwork": self.host_network, "containers": []},
+            "spec": {"nodeName": self.node, "hostNetwork": self.host_network, "containers": [{"name": "agnhost", "ports": ports}]},
             "status": {
                 "phase": phase,
                 "podIP": self.v4,

@@ -26,6 +26,10 @@ pub const GATEWAY: &str = "gw-1";
 pub const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 /// The same, IPv6.
 pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 1);
+/// The gateway's address on the nodes' side.
+pub const FABRIC_V4: Ipv4Addr = Ipv4Addr::new(10, 2, 0, 1);
+/// The same, IPv6.
+pub const FABRIC_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 1);
 /// Addresses of the client, of each family.
 pub const CLIENTS: u8 = 8;
 /// Nodes besides the gateway.

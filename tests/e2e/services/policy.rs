@@ -10,15 +10,15 @@ use crate::rig::cluster::Protocol::{Tcp, Udp};
 use crate::rig::network::{GATEWAY, GATEWAY_V4, GATEWAY_V6};
 use crate::rig::place::Place;
 use crate::rig::service::{Service, Type};
-use crate::scenario::{Scenario, later, run};
+use crate::scenario::{Scenario, run};
 use crate::test::{Test, at, node_port, pod};
 
 pub const SCENARIOS: &[Scenario] = &[
     run!("should respect internalTrafficPolicy=Local Pod to Pod", internal_pod_to_pod),
     run!("should respect internalTrafficPolicy=Local Pod (hostNetwork: true) to Pod", internal_node_to_pod),
-    later(
+    run!(
         "should respect internalTrafficPolicy=Local Pod and Node, to Pod (hostNetwork: true)",
-        "host ports (an endpoint on the gateway's own address is refused so far)",
+        internal_to_host_network
     ),
     run!("should support externalTrafficPolicy=Local for type=NodePort", external_node_port, Literal),
     run!(
@@ -42,6 +42,31 @@ fn internal_pod_to_pod(test: &mut Test) -> Result<()> {
 fn internal_node_to_pod(test: &mut Test) -> Result<()> {
     let client = test.node("node-1");
     internal_local(test, &client)
+}
+
+/// The endpoint has its node's address, which is in no pod range. Rule 4.1.
+fn internal_to_host_network(test: &mut Test) -> Result<()> {
+    let service = Service::new("svc-itp").port(Tcp, 80, 80).port(Udp, 80, 80);
+    let service = test.create(service.with(|service| service.internal_local = true))?;
+    let addresses = at(&service.cluster_ips, 80);
+    let web =
+        |name: &str, node: &str| pod(name, node).of("svc-itp").listen(Tcp, 80).listen(Udp, 80).host_network();
+    let clients = [test.start(pod("pause-pod-0", GATEWAY))?, test.node("node-2")];
+    test.start(web("echo-hostname-0", GATEWAY))?;
+    test.start(web("echo-hostname-1", "node-1"))?;
+    for client in &clients {
+        for protocol in [Tcp, Udp] {
+            test.reaches_all(client, protocol, &addresses, &["echo-hostname-0"])?;
+        }
+    }
+    test.delete("echo-hostname-0")?;
+    for client in &clients {
+        for to in &addresses {
+            test.dropped(client, Tcp, *to, "no_local_endpoints")?;
+            test.dropped(client, Udp, *to, "no_local_endpoints")?;
+        }
+    }
+    Ok(())
 }
 
 /// Rule 4.1.

@@ -119,7 +119,7 @@ impl Rig {
             flows: flows.clone(),
             affinity,
             steer: Box::new(steer.clone()),
-            routes: Box::new(|_| {}),
+            routes: Box::new(|_, _| {}),
             ports: vec![PortInfo { mode: "copy".into(), queues: 1, partial_checksums: true }; 2],
             socket_counters: Box::new(|_| Default::default()),
             restarts: 0,

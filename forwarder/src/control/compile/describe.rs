@@ -38,6 +38,7 @@ pub fn kind_name(kind: FrontendKind) -> &'static str {
         FrontendKind::LoadBalancer => "LoadBalancer",
         FrontendKind::ExternalIp => "ExternalIP",
         FrontendKind::NodePort => "NodePort",
+        FrontendKind::HostPort => "HostPort",
     }
 }
 
@@ -174,7 +175,13 @@ impl Compiler {
             info.endpoint.port == row.port && info.endpoint.addr.to_string() == row.address
         };
         let Some(index) = family.endpoints.iter().position(is_it) else {
-            return describe(vec![], Some("the port of the slice is absent".to_owned()));
+            let is_own = self.surroundings.own.iter().any(|own| own.to_string() == row.address);
+            let why = if is_own {
+                "an address of this gateway: never used"
+            } else {
+                "the port of the slice is absent"
+            };
+            return describe(vec![], Some(why.to_owned()));
         };
         let weight = |index: usize| family.endpoints[index].endpoint.weight;
         let (mut lists, mut shares_bp) = (Vec::new(), Vec::new());

@@ -16,6 +16,7 @@ pub mod cleanup;
 pub mod describe;
 pub mod dns;
 pub mod health;
+mod host_ports;
 pub mod identities;
 pub mod lifetime;
 mod overflow;
@@ -91,6 +92,8 @@ pub struct Compilation {
     pub steering_changed: bool,
     /// The routes of [`identities::pod_routes`] may differ from those before.
     pub routes_changed: bool,
+    /// Endpoints outside of pod ranges may have come or gone, whose link-layer addresses are to be kept.
+    pub endpoints_changed: bool,
 }
 
 impl Compiler {
@@ -151,28 +154,26 @@ impl Compiler {
         let node = state.node(&self.gateway.gateway.name);
         self.set_node_is_leaving(node.is_some_and(|node| node.leaving));
         let nodes_changed = identities::nodes_differ(touched);
-        let identities_changed = all
-            || nodes_changed
-            || self.tables.generation == 0
-            || identities::pods_matter(state, &self.gateway, touched);
+        let is_first = self.tables.generation == 0;
+        let identities_changed =
+            all || nodes_changed || is_first || identities::pods_matter(state, &self.gateway, touched);
         if identities_changed {
             self.tables.identities =
                 Arc::new(identities::identities(state, &self.gateway, &self.surroundings.own));
         }
         let weighed = self.follow_pod_weights(touched);
-        let mut affected = if all { self.every_service(state) } else { affected(touched) };
+        let mut affected = if all { self.everything(state) } else { self.affected(touched) };
         affected.extend(services_of_pods(state, &weighed));
         let (udp_cleanup, lifetimes, keys_changed) = self.recompile(state, &affected);
         self.tables.generation = generation;
+        let sources_changed = steer::sources_differ(state, &self.gateway, touched);
         Compilation {
             tables: Arc::new(self.tables.clone()),
             udp_cleanup,
             lifetimes,
-            steering_changed: keys_changed
-                || identities_changed
-                || own_changed
-                || steer::sources_differ(state, &self.gateway, touched),
-            routes_changed: nodes_changed || self.tables.generation == 0,
+            steering_changed: keys_changed || identities_changed || own_changed || sources_changed,
+            routes_changed: nodes_changed || is_first,
+            endpoints_changed: sources_changed,
         }
     }
 
@@ -198,7 +199,10 @@ impl Compiler {
         let mut keys_changed = false;
         let mut compiled = Vec::new();
         for reference in affected {
-            let new = self.compile_service(state, reference);
+            let new = match reference.kind {
+                Kind::Pod => self.compile_host_ports(state, reference),
+                _ => self.compile_service(state, reference),
+            };
             if let Some(new) = &new {
                 udp_cleanup.add(new);
             }
@@ -295,9 +299,35 @@ impl Compiler {
         }
     }
 
-    fn every_service(&self, state: &State) -> BTreeSet<Arc<ObjectRef>> {
-        let now = state.of_kind(Kind::Service).map(|entry| entry.reference.clone());
-        now.chain(self.services.keys().cloned()).collect()
+    /// Every Service, and every Pod with host ports here.
+    fn everything(&self, state: &State) -> BTreeSet<Arc<ObjectRef>> {
+        let services = state.of_kind(Kind::Service).map(|entry| entry.reference.clone());
+        let pods = state.pods().filter(|(_, pod)| self.serves_host_ports(pod));
+        let pods = pods.map(|(entry, _)| entry.reference.clone());
+        services.chain(pods).chain(self.services.keys().cloned()).collect()
+    }
+
+    /// Services that a change touches, by themselves or by a slice, and Pods with host ports here.
+    fn affected(&self, touched: &[Touch]) -> BTreeSet<Arc<ObjectRef>> {
+        let mut affected = BTreeSet::new();
+        for touch in touched {
+            if touch.reference.kind == Kind::Service {
+                affected.insert(touch.reference.clone());
+            }
+            for entry in touch.old.iter().chain(&touch.new) {
+                match &entry.facts {
+                    Facts::Slice(SliceFacts { service: Some(name), .. }) => {
+                        let (namespace, name) = (touch.reference.namespace.clone(), name.clone());
+                        affected.insert(Arc::new(ObjectRef { kind: Kind::Service, namespace, name }));
+                    }
+                    Facts::Pod(pod) if self.serves_host_ports(pod) => {
+                        affected.insert(touch.reference.clone());
+                    }
+                    _ => {}
+                }
+            }
+        }
+        affected
     }
 
     fn look_around(&self, state: &State) -> Surroundings {
@@ -330,23 +360,6 @@ pub fn compile(state: &State, gateway: &Arc<Gateway>, own: &[Addr]) -> Compiler 
     compiler.set_own_addresses(own.to_vec());
     compiler.compile_all(state, 1);
     compiler
-}
-
-/// Services whose tables a change touches.
-fn affected(touched: &[Touch]) -> BTreeSet<Arc<ObjectRef>> {
-    let mut affected = BTreeSet::new();
-    for touch in touched {
-        if touch.reference.kind == Kind::Service {
-            affected.insert(touch.reference.clone());
-        }
-        for entry in touch.old.iter().chain(&touch.new) {
-            if let Facts::Slice(SliceFacts { service: Some(name), .. }) = &entry.facts {
-                let namespace = touch.reference.namespace.clone();
-                affected.insert(Arc::new(ObjectRef { kind: Kind::Service, namespace, name: name.clone() }));
-            }
-        }
-    }
-    affected
 }
 
 /// Services with an endpoint that is one of these Pods, by `namespace/name`.

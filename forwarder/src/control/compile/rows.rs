@@ -1,6 +1,7 @@
 //! Rows of `towpathctl get` for Kubernetes objects, with kubectl's columns.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 
 use config::control::{EndpointRow, Item, NamespaceRow, NodeRow, PodRow, ServiceRow};
 use config::object::Object;
@@ -9,7 +10,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use super::Compiler;
 use super::service::is_vip;
 use crate::addr::Addr;
-use crate::control::facts::{AddressKind, Facts, ServiceFacts, ServiceType, Skip, SliceFacts, protocol_name};
+use crate::control::facts::{
+    AddressKind, Facts, HostPort, ServiceFacts, ServiceType, Skip, SliceFacts, protocol_name,
+};
 use crate::control::state::{Entry, State};
 use crate::tables::Action;
 use crate::verdict::Reason;
@@ -183,9 +186,24 @@ fn pod_row(entry: &Entry) -> PodRow {
         ips,
         node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_default(),
         host_network: pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or(false),
+        host_ports: host_ports(entry),
         phase: status.and_then(|status| status.phase.clone()).unwrap_or_default(),
         created: created(&pod.metadata),
     }
+}
+
+/// Host ports of a Pod, as `docker ps` and `podman ps` write them.
+fn host_ports(entry: &Entry) -> Vec<String> {
+    let Facts::Pod(pod) = &entry.facts else { return Vec::new() };
+    let text = |port: &HostPort| {
+        let HostPort { host_port, container_port, .. } = port;
+        let target = format!("{container_port}/{}", protocol_name(port.protocol));
+        match port.host_ip {
+            Some(ip) => format!("{}->{target}", SocketAddr::new(ip, *host_port)),
+            None => format!("{host_port}->{target}"),
+        }
+    };
+    pod.host_ports.iter().map(text).collect()
 }
 
 fn namespace_row(entry: &Entry) -> NamespaceRow {

@@ -28,13 +28,13 @@ use crate::tables::{
 /// Endpoints by address and port.
 pub type Destinations = BTreeSet<(Addr, u16)>;
 
-/// What became of one Service.
+/// What became of one Service, or of the host ports of one Pod.
 #[derive(Clone, Debug, Default)]
 pub struct Compiled {
     /// Its frontends.
     pub frontends: Vec<(FrontendKey, Arc<Frontend>)>,
     /// Lists of endpoints in use, to be used again when they have not changed.
-    backends: Vec<(u64, Arc<Backends>)>,
+    pub(super) backends: Vec<(u64, Arc<Backends>)>,
     /// For each UDP frontend the (address, port) of every endpoint that serves, ready or not.
     pub udp_serving: Vec<(FrontendKey, Arc<Destinations>)>,
     /// What the health server tells of it.
@@ -44,11 +44,28 @@ pub struct Compiled {
     /// Which endpoints of each port keep their connections, by stable id of the port.
     pub(super) lifetimes: Vec<(u64, Lifetime)>,
     /// Ids of its ports, by stable id.
-    ids: Vec<(u64, u32)>,
+    pub(super) ids: Vec<(u64, u32)>,
     /// Every endpoint of its ports, used or not.
     pub endpoints: BTreeSet<EndpointKey>,
     /// Frontends whose connections may go on without a flow.
     pub unmasqueraded: Vec<Unmasqueraded>,
+}
+
+impl Compiled {
+    /// A port that is gone or has another name leaves connections behind whose endpoint may still be one of the Service.
+    fn keep_ports_that_are_gone(&mut self, old: &Compiled, removal: Removal) {
+        if removal.after_s().is_none() {
+            return;
+        }
+        let staying: Destinations =
+            self.lifetimes.iter().flat_map(|(_, lifetime)| lifetime.staying.iter().copied()).collect();
+        let staying = Arc::new(staying);
+        for (id, _) in &old.lifetimes {
+            if !self.lifetimes.iter().any(|(known, _)| known == id) {
+                self.lifetimes.push((*id, Lifetime { removal, staying: staying.clone() }));
+            }
+        }
+    }
 }
 
 /// One port of a Service for one family, with its endpoints sorted into lists.
@@ -62,7 +79,7 @@ pub(super) struct FamilyPort<'a> {
 
 impl FamilyPort<'_> {
     /// Its endpoints that serve, whatever else they are.
-    fn serving(&self) -> Destinations {
+    pub(super) fn serving(&self) -> Destinations {
         let serving = self.endpoints.iter().filter(|info| info.serving);
         serving.map(|info| (info.endpoint.addr, info.endpoint.port)).collect()
     }
@@ -87,9 +104,9 @@ pub(super) struct Claimed<'a> {
     pub(super) port: &'a PortFacts,
 }
 
-/// True if the address of a frontend belongs to the Service alone; that of a NodePort is the gateway's.
+/// True if the address of a frontend belongs to the Service alone; that of a NodePort or a host port is the gateway's.
 pub(super) fn is_vip(frontend: &Frontend) -> bool {
-    frontend.kind != FrontendKind::NodePort
+    !matches!(frontend.kind, FrontendKind::NodePort | FrontendKind::HostPort)
 }
 
 impl Compiler {
@@ -105,11 +122,7 @@ impl Compiler {
         let mut ports = Vec::new();
         for port in &facts.ports {
             let stable_id = stable_id(reference, port);
-            let known = old.ids.iter().find(|(known, _)| *known == stable_id).map(|(_, id)| *id);
-            let id = known.unwrap_or_else(|| {
-                self.next_id += 1;
-                self.next_id - 1
-            });
+            let id = self.id_of_port(&old, stable_id);
             compiled.ids.push((stable_id, id));
             ports.push(Arc::new(ServicePort {
                 id,
@@ -136,6 +149,7 @@ impl Compiler {
                 Some((key, Arc::new(family.serving())))
             }));
         }
+        compiled.keep_ports_that_are_gone(&old, removal);
         let mut builder = Builder {
             key: self.key,
             algorithm: self.algorithm(facts),
@@ -174,13 +188,22 @@ impl Compiler {
         Some(compiled)
     }
 
+    /// The id of a port: the one that it has had, or a new one.
+    pub(super) fn id_of_port(&mut self, old: &Compiled, stable_id: u64) -> u32 {
+        let known = old.ids.iter().find(|(known, _)| *known == stable_id).map(|(_, id)| *id);
+        known.unwrap_or_else(|| {
+            self.next_id += 1;
+            self.next_id - 1
+        })
+    }
+
     /// How new connections of a Service are spread.
     pub(super) fn algorithm(&self, facts: &ServiceFacts) -> Algorithm {
         facts.algorithm.unwrap_or(self.gateway.gateway.lb_algorithm)
     }
 
     /// Gives each endpoint the number that its connections are counted under; returns them all.
-    fn assign_tallies(&mut self, families: &mut [FamilyPort<'_>]) -> BTreeSet<EndpointKey> {
+    pub(super) fn assign_tallies(&mut self, families: &mut [FamilyPort<'_>]) -> BTreeSet<EndpointKey> {
         let all: BTreeSet<EndpointKey> = families.iter().flat_map(FamilyPort::keys).collect();
         let services = &self.services;
         for family in families {
@@ -196,7 +219,7 @@ impl Compiler {
         all
     }
 
-    /// Sorts the endpoints of each port, for each family that the Service has a ClusterIP of: a Service does not exist
+    /// Sorts the endpoints of each port, but for those at the gateway's own addresses, for each family that the Service has a ClusterIP of: a Service does not exist
     /// in other families (kubernetes pkg/proxy/servicechangetracker.go).
     pub(super) fn family_ports<'a>(
         &self,
@@ -215,7 +238,8 @@ impl Compiler {
                 let slices = state.slices_of(&reference.namespace, &reference.name).map(|(_, slice)| slice);
                 let key = PortKey { name: &port.name, protocol: port.protocol };
                 let pod_weight = |name: &str| self.pod_weights.get(name).copied();
-                let endpoints = merge(slices, key, is_v4, node, pod_weight);
+                let mut endpoints = merge(slices, key, is_v4, node, pod_weight);
+                endpoints.retain(|info| !self.surroundings.own.contains(&info.endpoint.addr));
                 let lists = categorize(&endpoints, place, |node| self.surroundings.excluded.contains(node));
                 families.push(FamilyPort { port, is_v4, endpoints, lists });
             }
@@ -303,15 +327,20 @@ pub(super) fn frontend_kind(kind: AddressKind) -> FrontendKind {
 }
 
 /// Turns rulings into actions; equal lists of a port become one Maglev table.
-struct Builder<'b> {
-    key: u64,
-    algorithm: Algorithm,
-    old: &'b [(u64, Arc<Backends>)],
-    backends: &'b mut Vec<(u64, Arc<Backends>)>,
+pub(super) struct Builder<'b> {
+    pub(super) key: u64,
+    pub(super) algorithm: Algorithm,
+    pub(super) old: &'b [(u64, Arc<Backends>)],
+    pub(super) backends: &'b mut Vec<(u64, Arc<Backends>)>,
 }
 
 impl Builder<'_> {
-    fn action(&mut self, stable_id: u64, outcome: Outcome<'_>, endpoints: &[EndpointInfo]) -> Action {
+    pub(super) fn action(
+        &mut self,
+        stable_id: u64,
+        outcome: Outcome<'_>,
+        endpoints: &[EndpointInfo],
+    ) -> Action {
         match outcome {
             Outcome::Reject(reason) => Action::Reject(reason),
             Outcome::Drop(reason) => Action::Drop(reason),

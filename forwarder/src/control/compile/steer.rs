@@ -33,7 +33,7 @@ impl Compiler {
         };
         set.local.extend(masqueraded.into_iter().map(|ip| (ip, LocalAddress { masquerade_ports })));
         for (key, frontend) in self.services.values().flat_map(|compiled| &compiled.frontends) {
-            if frontend.kind == FrontendKind::NodePort {
+            if matches!(frontend.kind, FrontendKind::NodePort | FrontendKind::HostPort) {
                 let (addr, protocol, port) = (key.addr.into(), key.protocol, key.port);
                 set.local_ports.insert(LocalPort { addr, protocol, port });
             }

@@ -606,6 +606,37 @@ fn who_keeps_connections_is_told_by_annotations_and_gateway_file() {
     assert_eq!(staying, ["10.244.1.1", "10.244.2.1", "10.244.2.3"]);
 }
 
+/// Rule 9.7.
+#[test]
+fn a_port_that_is_renamed_leaves_the_connections_to_its_endpoints_alone() {
+    let web = WEB.replacen(
+        "metadata: {name: web,",
+        "metadata: {name: web, annotations: {towpath.dev/on-endpoint-removed: reset},",
+        1,
+    );
+    let mut cluster = Cluster::new(HEAD, &web);
+    let mut compiler = cluster.compiler(&[]);
+    let ids =
+        |compilation: &Compilation| compilation.lifetimes.iter().map(|(id, _)| *id).collect::<BTreeSet<_>>();
+    let accepted = cluster.apply(&web.replace("nodePort: 30080", "nodePort: 30081"));
+    let before = ids(&compiler.compile(&cluster.state, &accepted.touched, 2));
+    let accepted = cluster.apply(&web.replace("name: http, port", "name: web, port"));
+    let compilation = compiler.compile(&cluster.state, &accepted.touched, 3);
+    assert_eq!(compilation.lifetimes.len(), 3);
+    for (id, lifetime) in &compilation.lifetimes {
+        let lifetime = lifetime.as_ref().expect("nothing is gone");
+        assert!(
+            lifetime.staying.contains(&(addr("10.244.1.1"), 8080)) || before.contains(id),
+            "{lifetime:?}"
+        );
+    }
+    // The Service goes: so do all of them, the one of the name before too.
+    let accepted = cluster.delete(Kind::Service, "shop", "web");
+    let compilation = compiler.compile(&cluster.state, &accepted.touched, 4);
+    assert_eq!(compilation.lifetimes.iter().filter(|(_, lifetime)| lifetime.is_none()).count(), 3);
+    assert!(ids(&compilation).is_superset(&before));
+}
+
 #[test]
 fn a_port_that_is_gone_is_told() {
     let mut cluster = Cluster::new(HEAD, WEB);
@@ -617,6 +648,20 @@ fn a_port_that_is_gone_is_told() {
     let accepted = cluster.delete(Kind::Service, "shop", "web");
     let lifetimes = compiler.compile(&cluster.state, &accepted.touched, 3).lifetimes;
     assert_eq!(lifetimes.iter().filter(|(_, lifetime)| lifetime.is_none()).count(), 2);
+}
+
+/// As of a DaemonSet with hostNetwork: the rest of the Service is served.
+#[test]
+fn an_endpoint_on_the_gateway_itself_is_left_out_and_told() {
+    let mut cluster = Cluster::new(HEAD, WEB);
+    let accepted = cluster.apply(&WEB.replace("[10.244.1.1]", "[192.168.0.9]"));
+    assert_eq!(accepted.warnings.len(), 0, "the tests' ports have no addresses: {:?}", accepted.warnings);
+    let compiler = cluster.compiler(&[]);
+    let frontend = compiler.tables().frontends.get(&key("10.96.0.1", 80, protocol::TCP)).unwrap();
+    assert_eq!(show(&frontend.from_pod), "cluster 10.244.2.1:8080");
+    let description = compiler.describe_service(&cluster.state, "shop", "web").unwrap();
+    let own = description.endpoints.iter().find(|it| it.endpoint.address == "192.168.0.9").unwrap();
+    assert_eq!(own.unused.as_deref(), Some("an address of this gateway: never used"));
 }
 
 #[test]

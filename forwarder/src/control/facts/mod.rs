@@ -17,7 +17,7 @@ use super::address::{parse_ip, special};
 use crate::addr::{Addr, protocol};
 
 pub use node::NodeFacts;
-pub use pod::PodFacts;
+pub use pod::{HostPort, PodFacts};
 pub use service::{AddressKind, Distribution, PortFacts, ServiceAddress, ServiceFacts, ServiceType, Skip};
 pub use slice::{EndpointFacts, SliceFacts, SlicePort};
 
@@ -74,13 +74,19 @@ fn check_name(object: &Object, faults: &mut Vec<Fault>) {
     }
 }
 
-/// Reads an address of a pod, node or Service.
-fn read_ip(field: &str, text: &str, faults: &mut Vec<Fault>) -> Option<IpAddr> {
-    let Some(ip) = parse_ip(text) else {
+/// Reads an address of any kind.
+fn read_any_ip(field: &str, text: &str, faults: &mut Vec<Fault>) -> Option<IpAddr> {
+    let ip = parse_ip(text);
+    if ip.is_none() {
         let remedy = "write an IPv4 or IPv6 address";
         faults.push(Fault::new(Code::Invalid, "not an IP address").field(field).value(text).remedy(remedy));
-        return None;
-    };
+    }
+    ip
+}
+
+/// Reads an address of a pod, node or Service.
+fn read_ip(field: &str, text: &str, faults: &mut Vec<Fault>) -> Option<IpAddr> {
+    let ip = read_any_ip(field, text, faults)?;
     if let Some(why) = special(ip) {
         let remedy = "use a unicast address that other machines can reach";
         faults.push(Fault::new(Code::Invalid, why).field(field).value(text).remedy(remedy));

@@ -22,6 +22,8 @@ pub enum Claim {
     Vip(Addr),
     /// A Service: its ClusterIP, which is nobody else's, whatever the ports (kubernetes pkg/registry/core/service/ipallocator).
     ClusterIp(Addr),
+    /// A Pod: (hostPort, protocol) of some address of its node.
+    HostPort(u16, u8),
     /// A Pod: its address, unless that is its node's.
     PodAddress(Addr),
     /// A Node: any of its addresses.
@@ -114,7 +116,10 @@ fn claims(entry: &Entry) -> Vec<Claim> {
             claims.extend(node.pod_cidrs.iter().map(|(net, _)| Claim::PodCidr(*net)));
         }
         Facts::Pod(pod) if pod.host_network => {}
-        Facts::Pod(pod) => claims.extend(pod.addresses.iter().map(|(addr, _)| Claim::PodAddress(*addr))),
+        Facts::Pod(pod) => {
+            claims.extend(pod.addresses.iter().map(|(addr, _)| Claim::PodAddress(*addr)));
+            claims.extend(pod.host_ports.iter().map(|port| Claim::HostPort(port.host_port, port.protocol)));
+        }
         Facts::Service(service) if service.skip.is_some() => {}
         Facts::Service(service) => {
             for address in &service.addresses {

@@ -205,7 +205,6 @@ fn an_endpoint_that_is_a_service() {
         "endpoints[0].addresses[0]",
         "Service default/web: packets would come back",
     );
-    refuses("", &slice("192.168.0.254"), "endpoints[0].addresses[0]", "this gateway");
     // The Service that comes second is at fault.
     refuses(&slice("10.96.0.1"), &web, "spec.clusterIP", "endpoint in EndpointSlice default/s");
 }

@@ -54,6 +54,27 @@ impl FlowMap {
         cells.get((((hash >> 32) * cells.len() as u64) >> 32) as usize)
     }
 
+    /// All cells, for [`Self::set_marks`] of a map with the same key.
+    pub(super) fn marks(&self) -> Vec<u16> {
+        self.region.marks().iter().map(|cell| cell.load(Ordering::Relaxed)).collect()
+    }
+
+    /// Takes the marks of a map with the same key and any number of cells over: each cell gets the newest mark of those that have a hash
+    /// in common with it, so that no mark is missed.
+    pub(super) fn set_marks(&self, old: &[u16]) {
+        let cells = self.region.marks();
+        for (index, cell) in cells.iter().enumerate() {
+            let first = index * old.len() / cells.len();
+            let end = ((index + 1) * old.len()).div_ceil(cells.len());
+            let is_newer = |a: u16, b: u16| a != 0 && (b == 0 || a.wrapping_sub(b).cast_signed() > 0);
+            let newest = old[first..end]
+                .iter()
+                .fold(0, |newest, mark| if is_newer(*mark, newest) { *mark } else { newest });
+            cell.store(newest, Ordering::Relaxed);
+        }
+        self.find_marks();
+    }
+
     /// After a restart.
     pub(super) fn find_marks(&self) {
         if self.region.marks().iter().any(|cell| cell.load(Ordering::Relaxed) != 0) {
@@ -110,6 +131,30 @@ mod tests {
         drop(map);
         let (map, _) = FlowMap::open(&file, config).unwrap();
         assert!(map.is_marked(hash(7), 110, 60));
+    }
+
+    #[test]
+    fn marks_come_along_to_another_capacity() {
+        let (file, end) = (tempfile::tempfile().unwrap(), 500);
+        let config = |capacity| FlowMapConfig { capacity, ..FlowMapConfig::default() };
+        let (map, _) = FlowMap::open(&file, config(1_000)).unwrap();
+        for odd in [0, 1] {
+            (odd..end).step_by(2).for_each(|i| map.mark(hash(i), 1_000 + 160 * odd as u32));
+        }
+        drop(map);
+        for capacity in [64, 999, 1_000, 1_001, 2_500] {
+            let to = tempfile::tempfile().unwrap();
+            FlowMap::copy(&file, &to, config(capacity)).unwrap();
+            let (map, _) = FlowMap::open(&to, config(capacity)).unwrap();
+            assert!(map.has_marks());
+            for i in 0..end {
+                assert!(
+                    map.is_marked(hash(i), 1_000 + 160 * (i as u32 % 2), 60) || i % 2 == 0,
+                    "{i} of {capacity}"
+                );
+                assert!(map.is_marked(hash(i), 1_160, 300), "{i} of {capacity}");
+            }
+        }
     }
 
     #[test]

@@ -306,6 +306,15 @@ impl FlowMap {
     /// # Errors
     /// The region has another capacity ([`FlowMap::copy`] is what moves its flows), or there is no room.
     pub fn open(file: &std::fs::File, config: FlowMapConfig) -> Result<(FlowMap, Recovery), FlowMapError> {
+        FlowMap::open_or_new(file, config, None)
+    }
+
+    /// The same; a region that is made has this `key`, if it is given.
+    fn open_or_new(
+        file: &std::fs::File,
+        config: FlowMapConfig,
+        key: Option<[u64; 2]>,
+    ) -> Result<(FlowMap, Recovery), FlowMapError> {
         let sizes = check(&config)?;
         let found = match Header::read(file) {
             Ok(header) if header.sizes != sizes => {
@@ -314,7 +323,7 @@ impl FlowMap {
             }
             found => found,
         };
-        let (region, key, empty) = Region::open(file, sizes, found)?;
+        let (region, key, empty) = Region::open(file, sizes, found, key)?;
         let mut map = FlowMap::over(region, key, config);
         let recovery = Recovery { empty, ..map.recover() };
         Ok((map, recovery))

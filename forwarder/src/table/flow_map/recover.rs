@@ -34,19 +34,23 @@ impl FlowMap {
         Header::read(file).ok().map(|header| header.sizes.records)
     }
 
-    /// Copies the flows of the region in `old`, of whatever capacity, into `new`, whose contents are replaced by a region of the
+    /// Copies the flows and the marks of the region in `old`, of whatever capacity, into `new`, whose contents are replaced by a region of the
     /// capacity of `config`. Flows that are not embryonic go first, in case there is less room.
     ///
     /// The flows in `old` stay: until the caller puts `new` in its place, a process that is killed has lost nothing. Nobody else may
     /// have either open.
     pub fn copy(old: &File, new: &File, config: FlowMapConfig) -> Result<Recovery, FlowMapError> {
         let from = FlowMap::capacity_of(old).unwrap_or(config.capacity);
+        // Marks go by the hash, so the key must stay.
+        let key = Header::read(old).ok().map(|header| header.key);
         let (old, recovery) = FlowMap::open(old, FlowMapConfig { capacity: from, ..config })?;
         let mut flows: Vec<(NewFlow, u32, u32)> = (0..from).filter_map(|index| old.to_move(index)).collect();
         flows.sort_by_key(|(flow, ..)| old.is_embryonic(flow.phase));
+        let marks = old.marks();
         drop(old);
         new.set_len(0).map_err(FlowMapError::file("empty"))?;
-        let (map, _) = FlowMap::open(new, config)?;
+        let (map, _) = FlowMap::open_or_new(new, config, key)?;
+        map.set_marks(&marks);
         let mut worker = map.worker(0);
         for (flow, created_s, last_seen_s) in &flows {
             if let Ok(inserted) = map.insert(&mut worker, flow, *created_s) {

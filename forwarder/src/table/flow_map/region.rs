@@ -145,18 +145,21 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// Maps `file` as it is if its header says so, which must ask for `sizes`; else empties it and gives it a new header and key.
+    /// Maps `file` as it is if its header says so, which must ask for `sizes`; else empties it and gives it a new header, with `key` or
+    /// a random one.
     pub fn open(
         file: &File,
         sizes: Sizes,
         found: Result<Header, EmptyReason>,
+        key: Option<[u64; 2]>,
     ) -> Result<(Region, [u64; 2], Option<EmptyReason>), FlowMapError> {
         let (header, empty) = match found {
             Ok(header) => (header, None),
             Err(reason) => {
                 file.set_len(0).map_err(FlowMapError::file("empty"))?;
                 file.set_len(sizes.len() as u64).map_err(FlowMapError::file("extend"))?;
-                (Header { sizes, key: random_key()? }, Some(reason))
+                let key = key.map_or_else(random_key, Ok)?;
+                (Header { sizes, key }, Some(reason))
             }
         };
         assert!(header.sizes == sizes, "the caller compares the capacities");
