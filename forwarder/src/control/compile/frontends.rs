@@ -306,7 +306,6 @@ mod tests {
         }
     }
 
-    /// Rule 5.7.
     #[test]
     fn a_list_of_weight_0_is_rejected_whoever_asks() {
         let mut drained = lists(&[], &[], &[]);
@@ -322,6 +321,7 @@ mod tests {
         }
     }
 
+    /// Rule 5.7.
     #[test]
     fn masquerade_all_is_for_cluster_ips() {
         let all = lists(&[0], &[], &[0]);
