@@ -288,14 +288,19 @@ fn all_refused(cluster: &Cluster, places: &[Place]) {
     }
 }
 
-/// Every conversation sends before the first of them receives.
+/// Conversations at a time: what they send fits the rings of a gateway whose machine is busy with others.
+const AT_A_TIME: usize = 120;
+
+/// Of [`AT_A_TIME`] conversations each sends before the first of them receives.
 fn talk<'c>(conversations: impl IntoIterator<Item = &'c mut Conversation>, len: usize) {
     let mut all: Vec<_> = conversations.into_iter().collect();
-    for one in &mut all {
-        one.send(len).unwrap_or_else(|error| panic!("{:?} to {:?}: {error:#}", one.own, one.to));
-    }
-    for one in &mut all {
-        one.receive().unwrap_or_else(|error| panic!("{:?} to {:?}: {error:#}", one.own, one.to));
+    for some in all.chunks_mut(AT_A_TIME) {
+        for one in &mut *some {
+            one.send(len).unwrap_or_else(|error| panic!("{:?} to {:?}: {error:#}", one.own, one.to));
+        }
+        for one in some {
+            one.receive().unwrap_or_else(|error| panic!("{:?} to {:?}: {error:#}", one.own, one.to));
+        }
     }
 }
 
