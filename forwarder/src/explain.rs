@@ -261,6 +261,9 @@ fn served_on(tables: &Tables, addr: Addr) -> String {
 
 /// The Service of a flow, by the id that the flow keeps.
 fn service_of_flow(tables: &Tables, id: u64) -> String {
+    if id == 0 {
+        return "of no Service: it has another source port than another one through a Service".to_owned();
+    }
     let found = tables.frontends.iter().find(|(_, frontend)| frontend.service.stable_id == id);
     let owner = |frontend: &Frontend| match frontend.kind {
         FrontendKind::HostPort => "Pod",

@@ -124,9 +124,9 @@ pub enum Answer {
 }
 
 /// What the service stage chose for a new connection, beside the endpoint, which is in [`Packet::out`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Choice {
-    /// Stable id of the service port.
+    /// Stable id of the service port; 0: none.
     pub service: u64,
     /// What connections of the endpoint are counted under.
     pub tally: u32,

@@ -267,6 +267,39 @@ fn all_addresses_to_masquerade_to_are_used() {
     assert!(!connects(&mut gateway, 9));
 }
 
+#[test]
+fn a_connection_straight_to_an_endpoint_does_not_mix_with_one_through_its_service() {
+    let objects = one_endpoint(&web(LOCAL, ""));
+    let mut gateway = Gateway::of_objects(HEAD, 16_384, &objects);
+    let pod = addr("10.244.1.1");
+    let ports_of = |out: &[u8]| rig::ports(out);
+    for (protocol, port) in [("tcp", 80), ("udp", 53)] {
+        let packet = |to| match protocol {
+            "tcp" => tcp(CLIENT, 4242, to, port, SYN, b""),
+            _ => udp(CLIENT, 4242, to, port, b"?"),
+        };
+        let answer = |to| match protocol {
+            "tcp" => tcp(pod, port, CLIENT, to, SYN | ACK, b""),
+            _ => udp(pod, port, CLIENT, to, b"!"),
+        };
+        // Without a Service's connection it is routed as it is, and leaves nothing behind.
+        let alone = gateway.forwarded(OUTSIDE, INSIDE, &packet(pod));
+        assert_eq!(ports_of(&alone), (4242, port));
+        let before = gateway.flows();
+        let through = gateway.forwarded(OUTSIDE, INSIDE, &packet(VIP));
+        assert_eq!(ports_of(&through), (4242, port));
+        let straight = gateway.forwarded(OUTSIDE, INSIDE, &packet(pod));
+        let (other, _) = ports_of(&straight);
+        assert_ne!(other, 4242, "{protocol}");
+        assert_eq!(gateway.flows(), before + 2);
+        let back = gateway.forwarded(INSIDE, OUTSIDE, &answer(4242));
+        assert_eq!((rig::source(&back), ports_of(&back)), (VIP, (port, 4242)));
+        let back = gateway.forwarded(INSIDE, OUTSIDE, &answer(other));
+        assert_eq!((rig::source(&back), ports_of(&back)), (pod, (port, 4242)), "{protocol}");
+        assert_eq!(ports_of(&gateway.forwarded(OUTSIDE, INSIDE, &packet(pod))).0, other, "it stays so");
+    }
+}
+
 /// A RST stands for a packet that was to be cut.
 #[test]
 fn a_reset_in_place_of_a_long_packet_is_not_cut() {

@@ -55,6 +55,22 @@ fn first_packet(packet: &mut Packet, index: usize, cx: &mut Context<'_>, trace: 
         return overflow::forward(packet, index, out, cx, trace);
     }
     trace.step(index, || Step::NotAService(identity));
+    if may_begin(packet.layer4) && !cx.flows.is_free(&packet.tuple.reversed()) {
+        // Its answers would be taken for those of a connection through a Service, from the same port to the same endpoint: it gets
+        // another source port, and a flow.
+        packet.out = packet.tuple;
+        packet.rewrite = Rewrite::Translate;
+        packet.choice = Some(Choice::default());
+    }
+}
+
+/// True for packets by which a connection may begin that is merely routed.
+fn may_begin(layer4: Layer4) -> bool {
+    match layer4 {
+        Layer4::Tcp { flags } => flags & (tcp::SYN | tcp::ACK) == tcp::SYN,
+        Layer4::Udp | Layer4::Sctp => true,
+        _ => false,
+    }
 }
 
 /// Who the source is, by podCIDRs, cluster CIDRs and Node addresses.
