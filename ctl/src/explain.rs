@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
-use config::control::{FrontendDescription, ObjectRef, ServiceDescription, Trace};
+use config::control::{FrontendDescription, Kind, ObjectRef, ServiceDescription, Trace};
 use config::gateway::Gateway;
 use config::object::Manifest;
 use config::packet::{PacketSpec, Protocol};
@@ -67,6 +67,9 @@ pub fn run(global: &Global, args: &Args) -> Result<Ending> {
     if manifests.is_empty() {
         bail!("no objects to explain by; `kubectl get svc,endpointslices,nodes -A -o yaml` prints them");
     }
+    if let Some(node) = &args.node {
+        check_node(node, &manifests)?;
+    }
     let assumed = match &args.config {
         Some(path) => Assumed::with(gateway_file(path, global.color)?),
         None => {
@@ -87,6 +90,22 @@ pub fn run(global: &Global, args: &Args) -> Result<Ending> {
         out(&assumptions(&assumed, paint))?;
     }
     Ok(Ending::Done)
+}
+
+/// Fails if there is no such Node.
+fn check_node(name: &str, manifests: &[Manifest]) -> Result<()> {
+    let references = manifests.iter().map(|manifest| manifest.object.reference());
+    let nodes: Vec<String> =
+        references.filter(|reference| reference.kind == Kind::Node).map(|reference| reference.name).collect();
+    if nodes.iter().any(|node| node == name) {
+        return Ok(());
+    }
+    match nodes.as_slice() {
+        [] => bail!(
+            "--node {name}: there is no Node among the objects; add those of `kubectl get nodes -o yaml`"
+        ),
+        nodes => bail!("--node {name}: no such Node among the objects; there are {}", nodes.join(", ")),
+    }
 }
 
 /// Reads a gateway file; every fault is told on standard error.
@@ -121,7 +140,7 @@ impl Cluster {
             notice(&print::fault(paint, tint, label, note));
         }
         let names = assumed.gateway.ports.iter().map(|port| port.name.clone()).collect();
-        let scene = Scene::new(compiler.tables().clone(), names, &inside);
+        let scene = Scene::new(compiler.tables().clone(), names, &inside, compiler.own_addresses());
         Cluster { state, compiler, scene }
     }
 

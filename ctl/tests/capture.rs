@@ -76,7 +76,7 @@ impl Daemon {
             settings: Arc::new(forwarder::control::compile::settings(&gateway)),
             ..Default::default()
         };
-        publisher.publish_fib(Arc::new(assumed_fib(&empty, &[])));
+        publisher.publish_fib(Arc::new(assumed_fib(&empty, &[], &[])));
         let map = || {
             Arc::new(FlowMap::anonymous(FlowMapConfig { capacity: 1024, workers: 2, ..Default::default() }))
         };

@@ -383,3 +383,19 @@ fn a_closed_pipe_ends_quietly() {
     assert_eq!(text(&output.stdout).lines().last(), Some("0"));
     assert!(!text(&output.stderr).contains("panicked"));
 }
+
+#[test]
+fn what_is_for_the_gateway_itself_goes_to_the_kernel() {
+    let to_node = trace(&["-f", CLUSTER, "--node", "node-1"], "tcp 198.51.100.7 > 192.168.50.11:22");
+    assert_eq!(to_node["verdict"], "punt", "{to_node}");
+    let assumed = in_cluster("tcp 198.51.100.7 > 192.0.2.129:22");
+    assert_eq!(assumed["verdict"], "punt", "{assumed}");
+    // The same address is another node's for a gateway that is none.
+    assert_ne!(in_cluster("tcp 198.51.100.7 > 192.168.50.11:22")["verdict"], "punt");
+}
+
+#[test]
+fn a_node_that_is_not_there_is_told() {
+    let packet = "tcp 198.51.100.7 > 203.0.113.10:8080";
+    fails(&mut ctl(&["-f", CLUSTER, "--node", "nope", packet]), 1, &["--node nope: no such Node", "node-1"]);
+}

@@ -45,7 +45,7 @@ impl Assumed {
         let inside = inside(&manifests);
         let gateway = Arc::new(self.gateway.clone());
         let empty = Tables { settings: Arc::new(compile::settings(&gateway)), ..Tables::default() };
-        let links = assumed_fib(&empty, &[]).ports;
+        let links = assumed_fib(&empty, &[], &[]).ports;
         let own: Vec<Addr> = links.iter().flat_map(|link| [link.v4, link.v6]).flatten().collect();
         let (state, notes) = State::load(&Rules { gateway: &gateway, own: &own }, manifests);
         let compiler = compile::compile(&state, &gateway, &own);

@@ -112,8 +112,9 @@ pub struct Scene {
 }
 
 impl Scene {
-    /// `port_names`: by index, as in the settings of `tables`; `inside`: prefixes of pods and addresses of nodes.
-    pub fn new(tables: Tables, port_names: Vec<String>, inside: &[IpNet]) -> Scene {
+    /// `port_names`: by index, as in the settings of `tables`; `inside`: prefixes of pods and addresses of nodes; `own`: addresses of the
+    /// gateway.
+    pub fn new(tables: Tables, port_names: Vec<String>, inside: &[IpNet], own: &[Addr]) -> Scene {
         let config = FlowMapConfig {
             capacity: 1024,
             timeouts_s: timeouts_s(&FlowsSection::default()),
@@ -121,7 +122,7 @@ impl Scene {
         };
         let (flows, affinity) = (FlowMap::anonymous(config), FlowMap::anonymous(config));
         let (flow_worker, affinity_worker) = (flows.worker(0), affinity.worker(0));
-        let fib = assumed_fib(&tables, inside);
+        let fib = assumed_fib(&tables, inside, own);
         let explainer = Explainer::new();
         Scene { tables, fib, flows, flow_worker, affinity, affinity_worker, port_names, explainer }
     }
@@ -146,8 +147,8 @@ impl Scene {
 }
 
 /// Routes for a gateway that is not there: pods and nodes are behind the first inside port, everything else behind the first outside
-/// port, every next hop is known, and the ports have addresses of the documentation ranges (RFC 5737, RFC 3849).
-pub fn assumed_fib(tables: &Tables, inside: &[IpNet]) -> Fib {
+/// port, its `own` addresses are the kernel's, every next hop is known, and the ports have addresses of the documentation ranges (RFC 5737, RFC 3849).
+pub fn assumed_fib(tables: &Tables, inside: &[IpNet], own: &[Addr]) -> Fib {
     let ports = &tables.settings.ports;
     let first = |wanted: fn(&PortSettings) -> bool| ports.iter().position(wanted).unwrap_or(0) as u8;
     let (outside_port, inside_port) = (first(|port| port.outside), first(|port| port.inside));
@@ -166,7 +167,10 @@ pub fn assumed_fib(tables: &Tables, inside: &[IpNet]) -> Fib {
     };
     let default = |net: &str| (net.parse::<IpNet>().expect("a prefix"), Route::NextHop(0));
     let routes = [default("0.0.0.0/0"), default("::/0")].into_iter();
-    let routes = routes.chain(inside.iter().map(|net| (*net, Route::NextHop(1))));
+    let own: Vec<IpNet> = own.iter().map(|addr| std::net::IpAddr::from(*addr).into()).collect();
+    let others = inside.iter().filter(|net| !own.contains(net));
+    let routes = routes.chain(others.map(|net| (*net, Route::NextHop(1))));
+    let routes = routes.chain(own.iter().map(|net| (*net, Route::Local)));
     Fib {
         epoch: 1,
         routes: Arc::new(Lpm::build(routes)),
@@ -372,7 +376,7 @@ mod tests {
             settings: Arc::new(settings),
             ..Tables::default()
         };
-        Scene::new(tables, vec!["uplink".into(), "fabric".into()], &[pods])
+        Scene::new(tables, vec!["uplink".into(), "fabric".into()], &[pods], &[])
     }
 
     fn spec(src: &str, dst: &str, from: From) -> PacketSpec {

@@ -160,7 +160,7 @@ struct Replay {
 impl Replay {
     fn new(gateway: &Gateway, compiled: &Compiled, macs: &[Option<Mac>], seed: u64) -> Result<Replay> {
         let tables = Arc::new(compiled.compiler.tables().clone());
-        let mut fib: Fib = assumed_fib(&tables, &compiled.inside);
+        let mut fib: Fib = assumed_fib(&tables, &compiled.inside, compiled.compiler.own_addresses());
         for (port, mac) in fib.ports.iter_mut().zip(macs) {
             port.mac = mac.unwrap_or(port.mac);
         }

@@ -48,6 +48,21 @@ fn managed_fields_are_dropped() {
     assert_eq!(found.manifests[0].object.metadata().managed_fields, None);
 }
 
+#[test]
+fn a_slip_in_a_kind_is_no_other_kind() {
+    for (kind, meant) in
+        [("Servce", "Service"), ("service", "Service"), ("Nod", "Node"), ("Endpointslice", "EndpointSlice")]
+    {
+        let found = parse(&format!("apiVersion: v1\nkind: {kind}\nmetadata: {{name: web}}\n"), "f.yaml");
+        let text = found.faults[0].to_string();
+        assert!(text.contains(&format!("kind: {kind}: no such kind; did you mean {meant}?")), "{text}");
+    }
+    for kind in ["Secret", "Event", "ServiceAccount", "PodTemplate"] {
+        let found = parse(&format!("apiVersion: v1\nkind: {kind}\nmetadata: {{name: web}}\n"), "f.yaml");
+        assert!(found.faults.is_empty() && found.warnings.len() == 1, "{kind}: {:?}", found.faults);
+    }
+}
+
 /// Rule 1.1.
 #[test]
 fn other_kinds_are_skipped_with_a_notice() {

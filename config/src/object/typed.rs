@@ -42,6 +42,14 @@ pub(super) fn read(value: Value) -> Result<(Object, Vec<Fault>), Fault> {
                 .value(&api_version)
                 .remedy(format!("use {version}")))
         }
+        ("v1" | "discovery.k8s.io/v1", _)
+            if let Some(meant) = KINDS.iter().find(|known| is_slip(&kind, known)) =>
+        {
+            Err(Fault::new(Code::Invalid, "no such kind")
+                .field("kind")
+                .value(&kind)
+                .remedy(format!("did you mean {meant}?")))
+        }
         _ => Err(Fault::new(
             Code::SkippedKind,
             format!("{api_version} {kind} is not used by Towpath: skipped"),
@@ -56,6 +64,9 @@ pub(super) fn read(value: Value) -> Result<(Object, Vec<Fault>), Fault> {
         Err(fault) => Err(fault.object(&name)),
     }
 }
+
+/// The kinds that are used.
+const KINDS: [&str; 5] = ["Namespace", "Node", "Pod", "Service", "EndpointSlice"];
 
 /// `Service default/web`, from JSON that may not have the right types.
 fn name_of(value: &Value, kind: &str) -> String {

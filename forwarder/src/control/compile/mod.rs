@@ -131,6 +131,11 @@ impl Compiler {
         self.own = own;
     }
 
+    /// Every address of the gateway: of its ports, and of its own Node. As of the last [`Compiler::compile`].
+    pub fn own_addresses(&self) -> &[Addr] {
+        &self.surroundings.own
+    }
+
     /// Sets what is known of the ports only at run time: whose checksums may be unfinished, by index.
     pub fn set_partial_checksums(&mut self, partial: &[bool]) {
         let mut settings = Settings::clone(&self.tables.settings);
