@@ -199,7 +199,7 @@ impl Committer {
 
     /// How long the thread may sleep if no change comes.
     fn patience(&self) -> Duration {
-        if self.cleanup.is_walking() || self.steering.is_walking() {
+        if self.cleanup.is_walking() || self.is_settled && self.steering.is_walking() {
             return Duration::ZERO;
         }
         match self.waiters.first() {

@@ -88,7 +88,8 @@ impl Steering {
 
     /// To be called when the newest generation is in force everywhere: what only older ones needed may go.
     pub fn begin_shrink(&mut self) {
-        if self.in_maps != self.wanted_in_maps {
+        // A walk that is under way goes on: what is wanted is the same, or it would have been given up.
+        if self.walk.is_none() && self.in_maps != self.wanted_in_maps {
             self.walk = Some(Walk::begin(&self.wanted_in_maps));
         }
     }
