@@ -213,7 +213,6 @@ fn conflicts() -> Vec<(String, Vec<&'static str>)> {
             vec!["is an address of Service default/web: packets would come back forever"],
         ),
         (endpoint("10.96.0.20"), vec!["is an address of Service default/shop"]),
-        (endpoint("198.51.100.1"), vec!["is an address of this gateway"]),
         (endpoint("ten"), vec!["not an IP address", "value: ten"]),
         (
             pod("thief", "203.0.113.10"),

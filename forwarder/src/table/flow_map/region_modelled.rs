@@ -24,6 +24,7 @@ impl Sizes {
 /// Nothing is ever found.
 pub(super) struct Header {
     pub sizes: Sizes,
+    pub key: [u64; 2],
 }
 
 impl Header {
@@ -46,6 +47,7 @@ impl Region {
         _file: &std::fs::File,
         sizes: Sizes,
         _found: Result<Header, EmptyReason>,
+        _key: Option<[u64; 2]>,
     ) -> Result<(Region, [u64; 2], Option<EmptyReason>), FlowMapError> {
         Region::anonymous(sizes).map(|(region, key)| (region, key, Some(EmptyReason::New)))
     }
