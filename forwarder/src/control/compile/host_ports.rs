@@ -147,7 +147,6 @@ fn stable_id(pod: &ObjectRef, port: &HostPort) -> u64 {
 mod tests {
     use super::*;
     use crate::control::compile::fixture::Cluster;
-    use crate::control::facts::protocol_number;
     use crate::tables::{Action, Origin};
     use config::control::Kind;
 
@@ -264,7 +263,6 @@ mod tests {
         assert!(faults[0].to_string().contains("Pod default/a"), "{}", faults[0]);
         cluster.delete(Kind::Pod, "default", "a");
         cluster.apply(service);
-        assert_eq!(protocol_number("TCP"), 6);
     }
 
     /// Rule 7.3.
