@@ -90,7 +90,7 @@ impl Daemon {
             affinity_worker: affinity.worker(1),
             flows,
             affinity,
-            steer: Box::new(NoMaps),
+            steer: Arc::new(NoMaps),
             routes: Box::new(|_, _| {}),
             ports: vec![PortInfo::default(); 2],
             socket_counters: Box::new(|_| Default::default()),

@@ -82,7 +82,7 @@ impl Daemon {
             affinity_worker: affinity.worker(1),
             flows,
             affinity,
-            steer: Box::new(NoMaps),
+            steer: Arc::new(NoMaps),
             routes: Box::new(|_, _| {}),
             ports: vec![PortInfo { mode: "copy".into(), queues: 1, partial_checksums: true }; 2],
             socket_counters: Box::new(|_| Default::default()),

@@ -8,10 +8,16 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use config::gateway::Gateway;
 use forwarder::{keeper, replay};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::prelude::*;
 
 /// Forwards packets of Kubernetes Services on a gateway node.
 #[derive(Parser)]
 #[command(name = "towpathd", version, arg_required_else_help = true, subcommand_negates_reqs = true)]
+#[command(
+    after_help = "Environment:\n  TOWPATH_LOG  what is logged: error, warn, info (default), debug or trace, \
+                        or by module as in info,forwarder::kernel=debug"
+)]
 struct Arguments {
     /// Gateway file; runs in the foreground, logs to stderr, stops on SIGTERM and SIGINT.
     #[arg(long, value_name = "FILE", required = true)]
@@ -40,14 +46,10 @@ enum Command {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("TOWPATH_LOG").unwrap_or_else(|_| "info".into()),
-        )
-        .init();
+    if let Err(complaint) = begin_log() {
+        eprintln!("towpathd: {complaint}");
+        return ExitCode::FAILURE;
+    }
     let outcome = match (arguments.command, arguments.config) {
         (Some(Command::Check { file }), _) => check(&file),
         (Some(Command::Replay(args)), _) => replay::run(&args),
@@ -64,6 +66,22 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Logs to standard error what TOWPATH_LOG asks for.
+fn begin_log() -> Result<(), String> {
+    let wanted = std::env::var("TOWPATH_LOG").unwrap_or_default();
+    let targets: Targets = match wanted.as_str() {
+        "" => "info".parse(),
+        wanted => wanted.parse(),
+    }
+    .map_err(|cause| format!("TOWPATH_LOG: {wanted}: {cause}; use a level such as info or debug"))?;
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
+    tracing_subscriber::registry().with(lines).with(targets).init();
+    Ok(())
 }
 
 /// What is wrong in the file itself is an error; what this machine lacks for it is one too, since the file is meant for it.

@@ -98,6 +98,8 @@ fn wrong_types_are_refused_by_path_and_line() {
         ("port: 80", "port: 99999999999", 10, "spec.ports[0].port", "99999999999"),
         ("10.96.0.10", "10", 7, "spec.clusterIP", "10"),
         ("name: web", "name: [web]", 4, "metadata.name", "[\"web\"]"),
+        ("name: web", "name: {web: x}", 4, "metadata.name", "{\"web\":\"x\"}"),
+        ("name: web", "name: web\n  labels: {a: b, app: 1}", 5, "metadata.labels.app", "1"),
         ("  ports:\n  - name: http\n    port: 80", "  ports: 80", 8, "spec.ports", "80"),
     ] {
         let found = only(&SERVICE.replace(from, to));

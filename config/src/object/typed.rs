@@ -2,7 +2,7 @@
 
 use k8s_openapi::Resource;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::Object;
 use crate::fault::{Code, Fault};
@@ -83,22 +83,18 @@ fn convert<T: DeserializeOwned + Resource>(
     value: Value,
     wrap: impl FnOnce(T) -> Object,
 ) -> Result<(Object, Vec<Fault>), Fault> {
-    let mut unknown = Vec::new();
-    let mut track = serde_path_to_error::Track::new();
-    let result = {
-        let tracked = serde_path_to_error::Deserializer::new(&value, &mut track);
-        let mut note = |path: serde_ignored::Path<'_>| unknown.push(path_text(&path));
-        T::deserialize(serde_ignored::Deserializer::new(tracked, &mut note))
-    };
-    match result {
+    match T::deserialize(&value) {
         Ok(object) => {
+            let object = wrap(object);
+            let mut unknown = Vec::new();
+            left_out(&value, &object.to_value(), &mut String::new(), &mut unknown);
             let warnings = unknown.iter().filter_map(|path| unknown_field(T::KIND, path, &value)).collect();
-            Ok((wrap(object), warnings))
+            Ok((object, warnings))
         }
         Err(error) => {
-            let path = track.path().to_string();
+            let path = culprit(&value, "", &|part| T::deserialize(part).is_err());
             let mut fault = Fault::new(Code::WrongType, error.to_string());
-            if path != "." {
+            if !path.is_empty() {
                 if let Some(found) = at(&value, &path) {
                     fault = fault.value(shorten(found));
                 }
@@ -109,23 +105,59 @@ fn convert<T: DeserializeOwned + Resource>(
     }
 }
 
-/// `spec.ports[0].prot`. Steps into optional fields have no name of their own.
-fn path_text(path: &serde_ignored::Path<'_>) -> String {
-    use serde_ignored::Path;
-    match path {
-        Path::Root => String::new(),
-        Path::Seq { parent, index } => format!("{}[{index}]", path_text(parent)),
-        Path::Map { parent, key } => match path_text(parent) {
-            parent if parent.is_empty() => key.clone(),
-            parent => format!("{parent}.{key}"),
-        },
-        Path::Some { parent } | Path::NewtypeStruct { parent } | Path::NewtypeVariant { parent } => {
-            path_text(parent)
+/// Adds the paths of what is in `value` and not in `kept`, which was read from it. A null is as good as nothing.
+/// `path` is that of `value`, and is the same again afterwards.
+fn left_out(value: &Value, kept: &Value, path: &mut String, unknown: &mut Vec<String>) {
+    let parent = path.len();
+    match (value, kept) {
+        (Value::Object(fields), Value::Object(kept)) => {
+            for (name, field) in fields.iter().filter(|(_, field)| !field.is_null()) {
+                *path += if parent == 0 { "" } else { "." };
+                *path += name;
+                match kept.get(name) {
+                    Some(kept) => left_out(field, kept, path, unknown),
+                    None => unknown.push(path.clone()),
+                }
+                path.truncate(parent);
+            }
         }
+        (Value::Array(elements), Value::Array(kept)) => {
+            for (index, (element, kept)) in elements.iter().zip(kept).enumerate() {
+                *path += &format!("[{index}]");
+                left_out(element, kept, path, unknown);
+                path.truncate(parent);
+            }
+        }
+        _ => {}
     }
 }
 
-/// The value at a path of [`path_text`]'s form.
+/// The path of the smallest part of `value` that is refused when it stands there alone; `path` is that of `value`.
+fn culprit(value: &Value, path: &str, is_refused: &dyn Fn(&Value) -> bool) -> String {
+    match value {
+        Value::Object(fields) if !is_refused(&json!({})) => {
+            for (name, field) in fields {
+                let is_refused = |part: &Value| is_refused(&json!({ name: part }));
+                if is_refused(field) {
+                    let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+                    return culprit(field, &path, &is_refused);
+                }
+            }
+        }
+        Value::Array(elements) if !is_refused(&json!([])) => {
+            let is_refused = |part: &Value| is_refused(&json!([part]));
+            for (index, element) in elements.iter().enumerate() {
+                if is_refused(element) {
+                    return culprit(element, &format!("{path}[{index}]"), &is_refused);
+                }
+            }
+        }
+        _ => {}
+    }
+    path.to_owned()
+}
+
+/// The value at a path such as `spec.ports[0].port`.
 fn at<'v>(value: &'v Value, path: &str) -> Option<&'v Value> {
     path.split(['.', '[']).filter(|step| !step.is_empty()).try_fold(value, |here, step| {
         match step.strip_suffix(']') {

@@ -40,9 +40,6 @@ const IN_FORCE_WITHIN: Duration = Duration::from_secs(1);
 /// How often workers, addresses and old snapshots are looked at when nothing else happens.
 const TICK: Duration = Duration::from_millis(25);
 
-/// How often the counters of the steering program are fetched from the keeper.
-const COUNT_EVERY: Duration = Duration::from_millis(500);
-
 /// Most bytes of names in an answer to a commit, so that the answer fits a line of the protocol.
 const CHANGES_BYTES: usize = 1 << 20;
 
@@ -109,7 +106,6 @@ pub struct Committer {
     snapshot: Option<std::thread::JoinHandle<Result<u64, PersistError>>>,
     watch: Watch,
     looked: Instant,
-    counted: Instant,
 }
 
 impl Committer {
@@ -120,7 +116,7 @@ impl Committer {
     pub(super) fn start(
         shared: Arc<Shared>,
         dir: StateDir,
-        steer: Box<dyn Steer>,
+        steer: Arc<dyn Steer>,
         routes: WantRoutes,
         generation: u64,
     ) -> Result<Committer, Fault> {
@@ -141,7 +137,6 @@ impl Committer {
             snapshot: None,
             watch: Watch::default(),
             looked: Instant::now(),
-            counted: Instant::now(),
             shared: shared.clone(),
         };
         let mut world = shared.write_world();
@@ -463,10 +458,6 @@ impl Committer {
             }
         }
         self.follow_addresses();
-        if self.counted.elapsed() >= COUNT_EVERY {
-            self.counted = Instant::now();
-            self.shared.set_steer_counters(self.steering.counters());
-        }
         if self.dir.needs_rotation() {
             self.rotate();
         }

@@ -323,8 +323,7 @@ fn packets(shared: &Shared, page: &mut Page<'_>) -> fmt::Result {
     let reasons =
         Reason::ALL.iter().map(|reason| (vec![("reason", reason.name().to_owned())], total.reason(*reason)));
     page.counters("towpath_drops", "Packets dropped or answered instead of forwarded.", reasons.collect())?;
-    let steering = shared.steer_counters.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
-    let steering = steering.into_iter().map(|count| {
+    let steering = shared.steer.counters().into_iter().map(|count| {
         let name = count.name.trim_start_matches("steer_").to_owned();
         (vec![("result", name)], count.value)
     });

@@ -57,7 +57,7 @@ use socket::{Limits, Outbox};
 use state::State;
 
 /// The maps of the steering program, as far as control changes them.
-pub trait Steer: Send {
+pub trait Steer: Send + Sync {
     /// What they hold.
     ///
     /// # Errors
@@ -74,7 +74,7 @@ pub trait Steer: Send {
     fn counters(&self) -> Vec<Count>;
 }
 
-impl Steer for Arc<Keeper> {
+impl Steer for Keeper {
     fn contents(&self) -> Result<Contents, String> {
         self.steer_contents().map_err(|error| error.to_string())
     }
@@ -131,7 +131,7 @@ pub struct ControlParts {
     /// A part in `affinity` for traces.
     pub affinity_worker: FlowWorker,
     /// The steering maps.
-    pub steer: Box<dyn Steer>,
+    pub steer: Arc<dyn Steer>,
     /// Takes what objects ask of the forwarding table. Called on the commit thread.
     pub routes: WantRoutes,
     /// What the kernel granted, by port.
@@ -176,7 +176,7 @@ pub struct Shared {
     problems: Mutex<BTreeMap<&'static str, Fault>>,
     /// What was found when the kept objects were read.
     restore_notes: Vec<Fault>,
-    steer_counters: Mutex<Vec<Count>>,
+    steer: Arc<dyn Steer>,
 }
 
 impl Shared {
@@ -200,10 +200,6 @@ impl Shared {
     /// Notes a problem of the part `what`, for `status`, until it is [solved](Shared::solved).
     fn problem(&self, what: &'static str, fault: Fault) {
         self.problems.lock().unwrap_or_else(PoisonError::into_inner).insert(what, fault);
-    }
-
-    fn set_steer_counters(&self, counters: Vec<Count>) {
-        *self.steer_counters.lock().unwrap_or_else(PoisonError::into_inner) = counters;
     }
 
     fn solved(&self, what: &'static str) {
@@ -292,7 +288,7 @@ impl Control {
             world: RwLock::new(World { state, compiler }),
             problems: Mutex::default(),
             restore_notes: notes,
-            steer_counters: Mutex::default(),
+            steer: parts.steer.clone(),
         });
         let committer = Committer::start(shared.clone(), dir, parts.steer, parts.routes, restored.generation)
             .map_err(ControlError::Restore)?;

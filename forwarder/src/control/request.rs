@@ -113,7 +113,7 @@ impl Desk {
         let count =
             |c: &Counter| Count { name: c.name().into(), value: total.get(*c), help: c.help().into() };
         let mut totals: Vec<Count> = Counter::ALL.iter().map(count).collect();
-        totals.extend(shared.steer_counters.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned());
+        totals.extend(shared.steer.counters());
         Stats {
             uptime_ms: shared.started.elapsed().as_millis() as u64,
             totals,

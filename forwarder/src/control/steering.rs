@@ -7,9 +7,9 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use config::control::Count;
 use ipnet::IpNet;
 
 use super::Steer;
@@ -24,7 +24,7 @@ const AGAIN_AFTER: Duration = Duration::from_secs(10);
 
 /// The steering maps and what they should hold.
 pub struct Steering {
-    maps: Box<dyn Steer>,
+    maps: Arc<dyn Steer>,
     in_maps: Contents,
     masquerade_ports: (u16, u16),
     /// For the newest generation, as a set and as the maps have it.
@@ -42,7 +42,7 @@ impl Steering {
     ///
     /// # Errors
     /// They cannot be read.
-    pub fn new(maps: Box<dyn Steer>, masquerade_ports: (u16, u16)) -> Result<Steering, String> {
+    pub fn new(maps: Arc<dyn Steer>, masquerade_ports: (u16, u16)) -> Result<Steering, String> {
         let in_maps = maps.contents()?;
         Ok(Steering {
             maps,
@@ -113,11 +113,6 @@ impl Steering {
         self.again = (!self.held.is_empty()).then_some(now + AGAIN_AFTER);
         let target = self.target();
         Some(self.bring_to(&target))
-    }
-
-    /// See [`Steer::counters`].
-    pub fn counters(&self) -> Vec<Count> {
-        self.maps.counters()
     }
 
     /// What the maps should hold.
@@ -304,7 +299,7 @@ mod tests {
         for (ports, needs_port) in [((50_000, 60_000), true), (PORTS, false)] {
             let (flows, _) = flows(&[("10.96.0.1", 80, "10.244.1.7", Some("192.0.2.1"))]);
             let maps = Maps::default();
-            let mut steering = Steering::new(Box::new(maps.clone()), ports).unwrap();
+            let mut steering = Steering::new(Arc::new(maps.clone()), ports).unwrap();
             steering.grow(set.clone()).unwrap();
             steering.grow_for_flows(&flows).unwrap();
             let mut expected = set.clone();
@@ -376,7 +371,7 @@ mod tests {
             }
             let (flows, ids) = flows(&[flow]);
             let maps = Maps::default();
-            let mut steering = Steering::new(Box::new(maps.clone()), PORTS).unwrap();
+            let mut steering = Steering::new(Arc::new(maps.clone()), PORTS).unwrap();
             let mut now = Instant::now();
             steering.grow(everything()).unwrap();
             steering.begin_shrink();
@@ -404,7 +399,7 @@ mod tests {
     fn a_change_in_the_middle_of_a_walk_begins_it_anew() {
         let (flows, _) = flows(&[("203.0.113.10", 80, "10.2.0.11", None)]);
         let maps = Maps::default();
-        let mut steering = Steering::new(Box::new(maps.clone()), PORTS).unwrap();
+        let mut steering = Steering::new(Arc::new(maps.clone()), PORTS).unwrap();
         let now = Instant::now();
         steering.grow(everything()).unwrap();
         steering.grow(ranges()).unwrap();
@@ -421,7 +416,7 @@ mod tests {
     fn flows_of_before_a_restart_are_caught_from_the_start() {
         let (flows, _) = flows(&[("203.0.113.10", 80, "10.2.0.11", Some("192.0.2.1"))]);
         let maps = Maps::default();
-        let mut steering = Steering::new(Box::new(maps.clone()), PORTS).unwrap();
+        let mut steering = Steering::new(Arc::new(maps.clone()), PORTS).unwrap();
         steering.grow(ranges()).unwrap();
         steering.grow_for_flows(&flows).unwrap();
         let mut needed = everything();
@@ -450,7 +445,7 @@ mod tests {
         }
         let (flows, _) = flows(&[("203.0.113.10", 80, "10.2.0.11", None)]);
         let maps = Maps::default();
-        let mut steering = Steering::new(Box::new(Full(maps.clone())), PORTS).unwrap();
+        let mut steering = Steering::new(Arc::new(Full(maps.clone())), PORTS).unwrap();
         steering.grow(everything()).unwrap();
         steering.grow(ranges()).unwrap();
         steering.begin_shrink();

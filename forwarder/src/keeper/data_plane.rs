@@ -88,7 +88,7 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
         flows: flows.clone(),
         affinity_worker: affinity.worker(workers),
         affinity: affinity.clone(),
-        steer: Box::new(keeper.clone()),
+        steer: keeper.clone(),
         routes: Box::new(move |routes, wait| {
             if !wanted.want(routes, wait) {
                 warn!("routes to pods are not in force yet; they follow");

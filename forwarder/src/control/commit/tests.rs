@@ -118,7 +118,7 @@ impl Rig {
             affinity_worker: affinity.worker(1),
             flows: flows.clone(),
             affinity,
-            steer: Box::new(steer.clone()),
+            steer: Arc::new(steer.clone()),
             routes: Box::new(|_, _| {}),
             ports: vec![PortInfo { mode: "copy".into(), queues: 1, partial_checksums: true }; 2],
             socket_counters: Box::new(|_| Default::default()),
