@@ -232,6 +232,8 @@ impl Walk {
 mod tests {
     use std::sync::{Arc, Mutex};
 
+    use config::control::Count;
+
     use super::*;
     use crate::addr::{Addr, Tuple, protocol};
     use crate::port::xsk::steer::SteerChange;
