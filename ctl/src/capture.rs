@@ -91,8 +91,8 @@ pub fn run(global: &Global, args: &Args) -> Result<Ending> {
     };
     let mut sink = Sink::open(args, &filter, &ports, &at, global.paint())?;
     let points: Vec<&str> = at.iter().map(|point| point.name()).collect();
-    notice(&format!("capturing {} of {}, Ctrl-C ends it", points.join(", "), ports.join(", ")));
     end_on_interrupt(&connection)?;
+    notice(&format!("capturing {} of {}, Ctrl-C ends it", points.join(", "), ports.join(", ")));
     // On a machine that has no idle CPU, forwarding packets is worth more than looking at them.
     let _ = rustix::process::nice(10);
     match receive(&mut connection, &mut sink) {
