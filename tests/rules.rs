@@ -176,6 +176,12 @@ fn affinity_is_by_client_and_service_port_whatever_address_was_asked() {
         .map(|host| endpoint(&mut gateway, (&format!("10.1.0.{host}"), 2000), (VIP, 80), Packet::Tcp(SYN)))
         .collect();
     assert_eq!(others.len(), 4);
+    let differs = |host: u16| {
+        let client = format!("10.1.0.{host}");
+        let tcp = endpoint(&mut gateway, (&client, 3000), (VIP, 80), Packet::Tcp(SYN));
+        tcp != endpoint(&mut gateway, (&client, 3000), (VIP, 53), Packet::Udp)
+    };
+    assert!((10..60).map(differs).filter(|differs| *differs).count() > 10);
 }
 
 /// Rules 8.3, 8.4.
@@ -275,6 +281,11 @@ fn segments_out_of_the_blue_end_nothing() {
             assert_eq!(forwarded(&out).0, (VIP.to_owned(), 80));
             send(&mut gateway, (CLIENT, 2000), (VIP, 80), Packet::Tcp(flags));
             gateway.now_s += 60;
+            assert_eq!(endpoint(&mut gateway, (CLIENT, 2000), (VIP, 80), Packet::Tcp(ACK)), first);
+        }
+        if flags != FIN_ACK {
+            // It may be silent for as long as any established connection.
+            gateway.now_s += 3600;
             assert_eq!(endpoint(&mut gateway, (CLIENT, 2000), (VIP, 80), Packet::Tcp(ACK)), first);
         }
     }

@@ -157,6 +157,16 @@ fn rejects_speak_the_protocol_of_the_client() {
     assert_eq!(gateway.flows(), 0, "a rejected packet never creates a flow");
     let silent = gateway.judge(OUTSIDE, &tcp(CLIENT, 4242, VIP, 81, 0x04, b""));
     assert_eq!(silent.0, Verdict::Drop(Reason::UnknownPort), "a RST is never answered");
+    // Three in a second, and three in the next.
+    gateway.limit_answers(3);
+    for _ in 0..2 {
+        for _ in 0..3 {
+            gateway.answered(OUTSIDE, Reason::UnknownPort, &udp(CLIENT, 4242, VIP, 81, b"x"));
+        }
+        let more = gateway.judge(OUTSIDE, &udp(CLIENT, 4242, VIP, 81, b"x"));
+        assert_eq!(more.0, Verdict::Drop(Reason::AnswerLimit));
+        gateway.now_s += 1;
+    }
 }
 
 /// Rule 14.6.

@@ -21,14 +21,27 @@ fn only(text: &str) -> Manifests {
 fn reads_documents_lists_and_typed_lists() {
     let list = format!("apiVersion: v1\nkind: List\nitems:\n- {}", SERVICE.trim_end().replace('\n', "\n  "));
     let typed = "apiVersion: v1\nkind: NodeList\nmetadata: {resourceVersion: '7'}\nitems:\n- metadata: {name: n1}\n- metadata: {name: n2}\n";
+    let slices = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSliceList\nitems:\n- metadata: {name: web-1, namespace: shop}\n  addressType: IPv4\n  endpoints: []\n";
     let json = r#"{"apiVersion":"v1","kind":"List","items":[{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"shop"}}]}"#;
-    let text = format!("# a comment\n---\n{SERVICE}---\n{list}\n---\n# nothing\n---\n{typed}---\n{json}\n");
+    let text = format!(
+        "# a comment\n---\n{SERVICE}---\n{list}\n---\n# nothing\n---\n{typed}---\n{json}\n---\n{slices}"
+    );
     let found = only(&text);
     assert_eq!((found.faults, found.warnings), (vec![], vec![]));
     let names: Vec<_> = found.manifests.iter().map(|m| m.object.reference().to_string()).collect();
-    assert_eq!(names, ["Service shop/web", "Service shop/web", "Node n1", "Node n2", "Namespace shop"]);
+    assert_eq!(
+        names,
+        [
+            "Service shop/web",
+            "Service shop/web",
+            "Node n1",
+            "Node n2",
+            "Namespace shop",
+            "EndpointSlice shop/web-1"
+        ]
+    );
     let documents: Vec<_> = found.manifests.iter().map(|m| m.source.document).collect();
-    assert_eq!(documents, [1, 2, 3, 3, 4]);
+    assert_eq!(documents, [1, 2, 3, 3, 4, 5]);
     assert_eq!(found.manifests[0].object, found.manifests[1].object);
     assert_eq!(found.manifests[3].source.line, Some(35));
 }

@@ -235,7 +235,7 @@ mod tests {
 
     /// (kind, origin, internal Local, external Local, gateway, expected), where lists are written as cluster 0 to 3,
     /// local 1, every node 2 and 3: `[cluster] masq`.
-    /// Rules 4.3, 5.1, 5.2, 5.3, 5.4, 5.5, 14.2, 14.3.
+    /// Rules 3.10, 4.3, 5.1, 5.2, 5.3, 5.4, 5.5, 14.2, 14.3.
     #[test]
     fn verdicts_lists_and_masquerading() {
         use FrontendKind::{ClusterIp, ExternalIp, LoadBalancer, NodePort};

@@ -542,6 +542,7 @@ endpoints:
     assert!(!cleanup.is_stale(&flow("203.0.113.99", 32000, protocol::UDP, ("10.244.2.6", 9090), 5)));
 }
 
+/// Rule 9.3.
 #[test]
 fn what_a_change_does_not_touch_is_not_forgotten() {
     let mut cluster = Cluster::new(HEAD, WEB);

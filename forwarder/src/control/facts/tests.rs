@@ -272,6 +272,11 @@ fn policies_and_affinity() {
     // Reachable from outside: pods and nodes are short-circuited to the Cluster list.
     assert!(facts.uses_cluster_endpoints() && facts.uses_local_endpoints());
     assert_eq!(facts.affinity_timeout_s, Some(7));
+    let facts = service(
+        "spec: {type: NodePort, clusterIP: 10.0.0.1, ports: [{port: 80, nodePort: 30000}], internalTrafficPolicy: Local,
+           externalTrafficPolicy: Local}",
+    );
+    assert!(facts.uses_cluster_endpoints() && facts.uses_local_endpoints());
 }
 
 /// Rule 3.9.

@@ -12,7 +12,7 @@ use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
 
 use super::http::{JSON, Response, Status};
-use super::update::LATE_AFTER_NS;
+use super::update::{LATE_AFTER_NS, Updates};
 use super::{DEAD_AFTER_NS, heartbeat_age_ns, monotonic_ns};
 use crate::addr::Family;
 use crate::control::Shared;
@@ -52,19 +52,22 @@ impl Verdict {
             let seconds = silent_ns / 1_000_000_000;
             verdict.problems.push(format!("the thread that makes changes has been busy for {seconds} s"));
         }
-        let updates = shared.health.updates();
-        for family in Family::ALL {
-            verdict.last[family as usize] = updates.last(family);
-            if let Some(waited) = updates.late_ns(family, now_ns) {
-                verdict.late[family as usize] = true;
-                let seconds = waited / 1_000_000_000;
-                verdict.problems.push(format!("{} changes have waited for {seconds} s", family.name()));
-            }
-        }
-        drop(updates);
+        verdict.judge(&shared.health.updates(), now_ns);
         let harmful = MATTER.into_iter().filter_map(|part| shared.problem_of(part));
         verdict.problems.extend(harmful.map(|fault| fault.message));
         verdict
+    }
+
+    /// Looks whether changes come into force.
+    fn judge(&mut self, updates: &Updates, now_ns: u64) {
+        for family in Family::ALL {
+            self.last[family as usize] = updates.last(family);
+            if let Some(waited) = updates.late_ns(family, now_ns) {
+                self.late[family as usize] = true;
+                let seconds = waited / 1_000_000_000;
+                self.problems.push(format!("{} changes have waited for {seconds} s", family.name()));
+            }
+        }
     }
 
     /// True if nothing is wrong.
@@ -161,6 +164,7 @@ mod tests {
     use config::control::Kind;
     use serde_json::{Value, json};
 
+    use super::super::update::Update;
     use super::*;
 
     fn body(response: &Response) -> Value {
@@ -198,6 +202,22 @@ mod tests {
                 assert!(answer.headers.contains(&("X-Content-Type-Options", "nosniff".to_owned())));
             }
         }
+    }
+
+    /// Rule 10.4.
+    #[test]
+    fn changes_that_wait_for_too_long_turn_both_red_until_they_are_in_force() {
+        let mut updates = Updates::default();
+        updates.published(Update::of_everything(1, 0));
+        let status = |updates: &Updates, now_ns: u64| {
+            let mut verdict = Verdict::default();
+            verdict.judge(updates, now_ns);
+            [verdict.healthz(false, at(300)), verdict.livez(at(300))].map(|answer| answer.status.0)
+        };
+        assert_eq!(status(&updates, LATE_AFTER_NS - 1), [200, 200]);
+        assert_eq!(status(&updates, LATE_AFTER_NS), [503, 503]);
+        updates.in_force(1, at(301));
+        assert_eq!(status(&updates, LATE_AFTER_NS), [200, 200]);
     }
 
     /// Rule 10.3.

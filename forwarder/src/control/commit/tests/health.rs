@@ -3,6 +3,7 @@
 use super::*;
 use crate::control::health::server::{Backend as _, Target};
 
+/// Rule 10.1.
 #[test]
 fn the_health_server_is_told_of_changes_and_of_workers_that_stand_still() {
     let dir = tempfile::tempdir().unwrap();
