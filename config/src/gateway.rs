@@ -30,6 +30,9 @@ pub struct Gateway {
     /// Addresses and ports for masquerading.
     #[serde(default)]
     pub snat: SnatSection,
+    /// Connections of pods to the outside of the cluster that are masqueraded; the first that fits counts.
+    #[serde(default)]
+    pub egress: Vec<EgressSection>,
     /// The control socket and the kept state.
     #[serde(default)]
     pub control: ControlSection,
@@ -223,6 +226,21 @@ pub struct SnatSection {
     pub addresses: Vec<IpAddr>,
     /// Source ports that are ours alone.
     pub ports: PortRange,
+}
+
+/// `[[egress]]`: connections that pods open to the outside of the cluster and that leave with an address of the gateway. Pods, nodes and
+/// Services see pods' own addresses in any case, as the Kubernetes network model wants it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EgressSection {
+    /// Ranges of the pods; empty: all pods.
+    pub pods: Vec<IpNet>,
+    /// Ranges of destinations; empty: everything that is outside of the cluster.
+    pub destinations: Vec<IpNet>,
+    /// Destinations that see pods' own addresses all the same.
+    pub except: Vec<IpNet>,
+    /// Addresses to masquerade to; empty: as for Services.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// An inclusive range of ports, written `61000-65535`.
@@ -582,6 +600,11 @@ impl Gateway {
     pub fn frames_in_rings(&self) -> u32 {
         let per_port = self.rings.fill.max(self.rings.rx).saturating_add(self.rings.tx);
         per_port.saturating_mul(self.ports.len() as u32)
+    }
+
+    /// Addresses that are there to be masqueraded to, those of Services in front.
+    pub fn masquerade_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.snat.addresses.iter().chain(self.egress.iter().flat_map(|section| &section.addresses)).copied()
     }
 
     /// Indexes of the ports that clients are behind.

@@ -103,6 +103,7 @@ pub fn from_objects(manifests: &[Manifest], node: Option<String>) -> Assumed {
             ..GatewaySection::default()
         },
         snat: Default::default(),
+        egress: Vec::new(),
         control: Default::default(),
         health: Default::default(),
         workers: Default::default(),

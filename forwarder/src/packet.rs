@@ -132,6 +132,8 @@ pub struct Choice {
     pub tally: u32,
     /// Translate the source too.
     pub masquerade: bool,
+    /// The rule of `[[egress]]` by which the source is translated, by its index.
+    pub egress: Option<u16>,
     /// The consistent hash chose the endpoint, so that it would do so again.
     pub by_hash: bool,
     /// Seconds for which session affinity remembers the endpoint; 0: not at all.

@@ -82,6 +82,8 @@ pub struct Settings {
     pub ports: Vec<PortSettings>,
     /// Addresses that packets are masqueraded to, IPv4 first choice first. Empty: the address of the port that the packet leaves by.
     pub snat_addresses: Vec<Addr>,
+    /// `[[egress]]` of the gateway file, in its order.
+    pub egress: Vec<EgressRule>,
     /// First source port for masquerading.
     pub snat_port_first: u16,
     /// Last source port for masquerading, inclusive.
@@ -90,6 +92,19 @@ pub struct Settings {
     pub lb_key: u64,
     /// `[gateway] mss_clamp`.
     pub mss_clamp: MssClamp,
+}
+
+/// Connections of pods to the outside that are masqueraded.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct EgressRule {
+    /// Ranges of the pods; empty: all.
+    pub pods: Vec<IpNet>,
+    /// Ranges of destinations; empty: all.
+    pub destinations: Vec<IpNet>,
+    /// Destinations that are left out.
+    pub except: Vec<IpNet>,
+    /// Addresses to masquerade to, IPv4 first; of a family without any, those for Services.
+    pub addresses: Vec<Addr>,
 }
 
 /// One port of the gateway as packets see it.

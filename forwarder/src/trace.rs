@@ -67,6 +67,11 @@ pub enum Step {
         /// Session affinity remembers it from now on.
         remembered: bool,
     },
+    /// A pod's packet to the outside, which this rule of `[[egress]]` is about.
+    Egress {
+        /// Its index.
+        rule: usize,
+    },
     /// The source is translated as well.
     Masquerade {
         /// New source address.
@@ -157,6 +162,7 @@ impl Step {
             | Step::OwnedAddress(_)
             | Step::InternalAddress
             | Step::UnknownService
+            | Step::Egress { .. }
             | Step::NotAService(_) => "service",
             Step::Masquerade { .. } | Step::NoRoom => "nat",
             Step::Route { .. } | Step::Mss { .. } => "route",
@@ -223,6 +229,9 @@ impl fmt::Display for Step {
             Step::OwnedAddress(layer4) => write!(f, "an address of Services{}", owned(*layer4)),
             Step::InternalAddress => write!(f, "a ClusterIP, for the inside only"),
             Step::UnknownService => write!(f, "inside a Service range, but no Service has this address"),
+            Step::Egress { rule } => {
+                write!(f, "from a pod to the outside of the cluster: [[egress]] number {}", rule + 1)
+            }
             Step::NotAService(identity) => match identity {
                 Some(Identity::Pod) => write!(f, "a pod of this cluster: routed untranslated"),
                 Some(Identity::Node) => write!(f, "a node of this cluster: routed untranslated"),

@@ -53,6 +53,7 @@ reasons! {
     FlowTableFull = "flow_table_full", "The flow table is full and the packet cannot go on without an entry.";
     EndpointRemoved = "endpoint_removed", "The endpoint is gone and the Service resets its connections: a RST instead.";
     SnatPortsExhausted = "snat_ports_exhausted", "No source port is free towards this destination.";
+    EgressProtocol = "egress_protocol", "A pod's packet to the outside that is to be masqueraded, of a protocol without ports.";
     // Fragments, RFC 791 section 3.2, RFC 8200 section 4.5.
     FragmentTiny = "fragment_tiny", "A first fragment that does not hold the whole layer-4 header (RFC 1858): its datagram is dropped.";
     FragmentMalformed = "fragment_malformed", "A fragment that is empty, no multiple of 8 bytes, or beyond 65,535 bytes: its datagram is dropped.";

@@ -18,6 +18,7 @@ pub(super) fn check(gateway: &Gateway) -> Vec<Fault> {
     names(gateway, &mut faults);
     ranges(gateway, &mut faults);
     snat(gateway, &mut faults);
+    egress(gateway, &mut faults);
     paths(gateway, &mut faults);
     health(gateway, &mut faults);
     workers(gateway, &mut faults);
@@ -91,17 +92,15 @@ fn ranges(gateway: &Gateway, faults: &mut Vec<Fault>) {
         ("gateway.nodeport_addresses", &section.nodeport_addresses),
     ];
     for (field, nets) in disjoint.iter().chain(&others) {
-        for (index, net) in nets.iter().enumerate() {
-            if net.trunc() != *net {
-                let field = format!("{field}[{index}]");
-                faults.push(invalid(
-                    field,
-                    net,
-                    "has bits set after its prefix",
-                    format!("write {}", net.trunc()),
-                ));
-            }
-        }
+        whole(field, nets, faults);
+    }
+}
+
+/// Prefixes without bits after their length.
+fn whole(field: &str, nets: &[IpNet], faults: &mut Vec<Fault>) {
+    for (index, net) in nets.iter().enumerate().filter(|(_, net)| net.trunc() != **net) {
+        let remedy = format!("write {}", net.trunc());
+        faults.push(invalid(format!("{field}[{index}]"), net, "has bits set after its prefix", remedy));
     }
 }
 
@@ -129,13 +128,28 @@ fn snat(gateway: &Gateway, faults: &mut Vec<Fault>) {
             "use other ports, such as 61000-65535",
         ));
     }
+    sources("snat.addresses", &gateway.snat.addresses, gateway, faults);
+}
+
+fn egress(gateway: &Gateway, faults: &mut Vec<Fault>) {
+    for (index, section) in gateway.egress.iter().enumerate() {
+        let field = |name: &str| format!("egress[{index}].{name}");
+        whole(&field("pods"), &section.pods, faults);
+        whole(&field("destinations"), &section.destinations, faults);
+        whole(&field("except"), &section.except, faults);
+        sources(&field("addresses"), &section.addresses, gateway, faults);
+    }
+}
+
+/// Addresses that packets may be masqueraded to.
+fn sources(list: &str, addresses: &[IpAddr], gateway: &Gateway, faults: &mut Vec<Fault>) {
     let ranges = [
         ("cluster_cidrs", &gateway.gateway.cluster_cidrs),
         ("service_cidrs", &gateway.gateway.service_cidrs),
         ("load_balancer_cidrs", &gateway.gateway.load_balancer_cidrs),
     ];
-    for (index, address) in gateway.snat.addresses.iter().enumerate() {
-        let field = format!("snat.addresses[{index}]");
+    for (index, address) in addresses.iter().enumerate() {
+        let field = format!("{list}[{index}]");
         if !is_usable(*address) {
             faults.push(invalid(
                 &field,
@@ -144,7 +158,7 @@ fn snat(gateway: &Gateway, faults: &mut Vec<Fault>) {
                 "give a unicast address of this gateway",
             ));
         }
-        if gateway.snat.addresses[..index].contains(address) {
+        if addresses[..index].contains(address) {
             faults.push(invalid(&field, address, "stands there twice", "remove one of them"));
         }
         for (name, nets) in ranges {

@@ -165,6 +165,11 @@ fn bad_sections_are_refused_by_field() {
     refuses_section("[snat]\nports = \"80-90\"", "snat.ports", "1024");
     refuses_section("[snat]\naddresses = [\"127.0.0.1\"]", "snat.addresses[0]", "unicast");
     refuses_section("[snat]\naddresses = [\"10.96.1.1\"]", "snat.addresses[0]", "service_cidrs");
+    refuses_section("[[egress]]\naddresses = [\"203.0.113.256\"]", "egress[0].addresses[0]", "203.0.113.256");
+    refuses_section("[[egress]]\naddresses = [\"10.244.0.9\"]", "egress[0].addresses[0]", "cluster_cidrs");
+    refuses_section("[[egress]]\npods = [\"10.244.0.9/16\"]", "egress[0].pods[0]", "write 10.244.0.0/16");
+    refuses_section("[[egress]]\nexcept = [\"::1/64\"]", "egress[0].except[0]", "write ::/64");
+    refuses_section("[[egress]]\nallow = []", "egress[0].allow", "unknown field");
     refuses_section("[flows]\ncapacity = 5", "flows.capacity", "1024");
     refuses_section("[flows]\nudp_s = 0", "flows.udp_s", "1 to 604800");
     refuses_section("[flows]\naffinity_capacity = 300000", "flows.affinity_capacity", "262144");

@@ -30,7 +30,7 @@ pub struct Rules<'a> {
 impl Rules<'_> {
     /// True if `addr` is an address of the gateway itself.
     pub fn is_own(&self, addr: Addr) -> bool {
-        self.own.contains(&addr) || self.gateway.snat.addresses.iter().any(|own| Addr::from(*own) == addr)
+        self.own.contains(&addr) || self.gateway.masquerade_addresses().any(|own| Addr::from(own) == addr)
     }
 }
 

@@ -121,13 +121,23 @@ pub fn quote(packet: &Packet) -> Option<Quote> {
 /// [`Reason::Truncated`]: the quote has less than the 8 bytes of layer 4 that it must have (RFC 792). Without ports nothing can be
 /// translated, and untranslated it would show a pod's address to a client.
 fn quoted_tuple(packet: &Packet, quote: &Quote) -> Result<Option<Tuple>, Reason> {
-    if !matches!(quote.protocol, protocol::TCP | protocol::UDP | protocol::SCTP) {
+    let has_ports = matches!(quote.protocol, protocol::TCP | protocol::UDP | protocol::SCTP);
+    if !has_ports && !matches!(quote.protocol, protocol::ICMP | protocol::ICMPV6) {
         return Ok(None);
     }
     let data = packet.frame.data();
     let end = usize::from(packet.l3) + usize::from(packet.ip_len);
-    let l4 = data.get(quote.l4..end.min(data.len())).filter(|l4| l4.len() >= 8).ok_or(Reason::Truncated)?;
-    let (src_port, dst_port) = (u16::from_be_bytes([l4[0], l4[1]]), u16::from_be_bytes([l4[2], l4[3]]));
+    let Some(l4) = data.get(quote.l4..end.min(data.len())).filter(|l4| l4.len() >= 8) else {
+        return if has_ports { Err(Reason::Truncated) } else { Ok(None) };
+    };
+    let word = |at: usize| u16::from_be_bytes([l4[at], l4[at + 1]]);
+    let (src_port, dst_port) = match (quote.protocol, l4[0]) {
+        _ if has_ports => (word(0), word(2)),
+        // An echo's identifier stands for both ports.
+        (protocol::ICMP, icmp::v4::ECHO_REQUEST | icmp::v4::ECHO_REPLY)
+        | (protocol::ICMPV6, icmp::v6::ECHO_REQUEST | icmp::v6::ECHO_REPLY) => (word(4), word(4)),
+        _ => return Ok(None),
+    };
     Ok(Some(Tuple { src: quote.src, dst: quote.dst, src_port, dst_port, protocol: quote.protocol }))
 }
 

@@ -11,5 +11,6 @@ pub mod route;
 pub mod nat;
 pub mod rewrite;
 
+pub mod egress;
 pub mod overflow;
 pub mod reset;

@@ -3,7 +3,7 @@
 //! Runs after the route is known: a packet that was rejected or cannot leave never creates a flow.
 
 use crate::addr::{Addr, Tuple};
-use crate::packet::{Choice, Packet};
+use crate::packet::{Choice, Layer4, Packet};
 use crate::pipeline::Context;
 use crate::stage::flow::{Phase, belongs_to};
 use crate::stage::overflow;
@@ -69,9 +69,12 @@ fn choose_source(
     let client = packet.tuple.src;
     let (source, because) = if choice.masquerade || client == packet.out.dst {
         let ports = cx.tables.settings.snat_port_first..=cx.tables.settings.snat_port_last;
-        let addresses = masquerade_addresses(client, leaves_by, cx);
-        let because =
-            if choice.masquerade { "the rule says masquerade" } else { "client and endpoint are one pod" };
+        let addresses = masquerade_addresses(client, choice.egress, leaves_by, cx);
+        let because = match choice {
+            Choice { egress: Some(_), .. } => "a pod's connection to the outside, by [[egress]]",
+            Choice { masquerade: true, .. } => "the rule says masquerade",
+            _ => "client and endpoint are one pod",
+        };
         (free_source(packet, addresses, ports, cx), because)
     } else if !is_usable(&packet.out.reversed(), packet, cx) && !same_connection(packet, cx) {
         // Another connection of this client, through another VIP, has the same reply tuple: take another source port.
@@ -82,6 +85,10 @@ fn choose_source(
     };
     let (addr, port) = source.ok_or(Reason::SnatPortsExhausted)?;
     (packet.out.src, packet.out.src_port) = (addr, port);
+    if let Layer4::Echo { .. } = packet.layer4 {
+        // An identifier stands where both ports stand elsewhere (RFC 5508 section 3.1).
+        packet.out.dst_port = port;
+    }
     trace.step(index, || Step::Masquerade { addr: addr.into(), port, because });
     Ok(())
 }
@@ -127,15 +134,21 @@ fn same_connection(packet: &Packet, cx: &Context<'_>) -> bool {
     cx.flows.lookup(&packet.tuple, packet.hash).is_some()
 }
 
-/// The addresses to masquerade to, those to be used first in front: `[snat] addresses` of the family, else that of the port that the packet
-/// leaves by.
+/// The addresses to masquerade to, those to be used first in front: those of the `[[egress]]` rule if it has any of the family, else
+/// `[snat] addresses` of the family, else that of the port that the packet leaves by.
 fn masquerade_addresses<'c>(
     client: Addr,
+    egress: Option<u16>,
     leaves_by: u8,
     cx: &Context<'c>,
 ) -> impl Iterator<Item = Addr> + Clone + use<'c> {
     let v4 = client.is_v4();
-    let listed = cx.tables.settings.snat_addresses.iter().copied().filter(move |addr| addr.is_v4() == v4);
+    let settings = &cx.tables.settings;
+    let of_rule =
+        egress.and_then(|index| settings.egress.get(usize::from(index))).map(|rule| &rule.addresses);
+    let addresses =
+        of_rule.filter(|list| list.iter().any(|addr| addr.is_v4() == v4)).unwrap_or(&settings.snat_addresses);
+    let listed = addresses.iter().copied().filter(move |addr| addr.is_v4() == v4);
     let own = match listed.clone().next() {
         Some(_) => None,
         None => cx.fib.ports.get(usize::from(leaves_by)).and_then(|link| if v4 { link.v4 } else { link.v6 }),
@@ -151,7 +164,11 @@ fn free_source(
     ports: std::ops::RangeInclusive<u16>,
     cx: &mut Context<'_>,
 ) -> Option<(Addr, u16)> {
-    let answer = |addr, port| Tuple { src: addr, src_port: port, ..packet.out }.reversed();
+    let is_echo = matches!(packet.layer4, Layer4::Echo { .. });
+    let answer = |addr, port| {
+        let dst_port = if is_echo { port } else { packet.out.dst_port };
+        Tuple { src: addr, src_port: port, dst_port, ..packet.out }.reversed()
+    };
     let (first, count) = (u32::from(*ports.start()), ports.len() as u32);
     let wanted = Some(packet.tuple.src_port).filter(|port| ports.contains(port));
     let mut spare: Option<Spare> = None;

@@ -111,6 +111,15 @@ fn set_ports(data: &mut [u8], l4: usize, protocol: u8, old: (u16, u16), new: (u1
     put_word(data, at, sum);
 }
 
+/// Writes the identifier of an ICMP echo message at `l4`, old and new in `id`, and updates its checksum, which covers addresses in
+/// ICMPv6 only (RFC 4443 section 2.3).
+fn set_echo_id(data: &mut [u8], l4: usize, id: (u16, u16), is_v4: bool, addresses: Delta) {
+    put_word(data, l4 + 4, id.1);
+    let delta = if is_v4 { Delta::ZERO } else { addresses }.word(id.0, id.1);
+    let sum = delta.apply(word_at(data, l4 + 2));
+    put_word(data, l4 + 2, sum);
+}
+
 /// Writes [`Packet::out`] into the headers.
 fn translate(packet: &mut Packet) {
     let (old, new) = (packet.tuple, packet.out);
@@ -129,6 +138,10 @@ fn translate(packet: &mut Packet) {
         Layer4::Tcp { .. } | Layer4::Udp => {
             put_word(data, l4, new.src_port);
             put_word(data, l4 + 2, new.dst_port);
+        }
+        // Requests and replies are told apart by their direction only: in both, one identifier is both ports.
+        Layer4::Echo { .. } => {
+            set_echo_id(data, l4, (old.src_port, new.src_port), old.src.is_v4(), addresses)
         }
         _ => {}
     }
@@ -192,8 +205,13 @@ fn translate_error(packet: &mut Packet) {
         (quoted_from.src, quoted_from.dst),
         (quoted_to.src, quoted_to.dst),
     );
-    let ports = ((quoted_from.src_port, quoted_from.dst_port), (quoted_to.src_port, quoted_to.dst_port));
-    set_ports(&mut data[..end], quote.l4, quote.protocol, ports.0, ports.1, addresses);
+    if matches!(quote.protocol, protocol::ICMP | protocol::ICMPV6) {
+        let id = (quoted_from.src_port, quoted_to.src_port);
+        set_echo_id(&mut data[..end], quote.l4, id, old.src.is_v4(), addresses);
+    } else {
+        let ports = ((quoted_from.src_port, quoted_from.dst_port), (quoted_to.src_port, quoted_to.dst_port));
+        set_ports(&mut data[..end], quote.l4, quote.protocol, ports.0, ports.1, addresses);
+    }
     set_icmp_checksum(&mut data[l4..end], new.src, new.dst);
 }
 

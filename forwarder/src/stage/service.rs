@@ -8,7 +8,7 @@ use crate::addr::{Addr, Tuple, protocol};
 use crate::packet::{Answer, Choice, Layer4, Packet, Rewrite};
 use crate::pipeline::{Context, Rng};
 use crate::stage::flow::source_side_matches;
-use crate::stage::overflow;
+use crate::stage::{egress, overflow};
 use crate::table::flow_map::FlowRef;
 use crate::tables::{
     Action, Backends, Frontend, FrontendKey, FrontendKind, Identity, Origin, ServicePort, Vip,
@@ -53,6 +53,9 @@ fn first_packet(packet: &mut Packet, index: usize, cx: &mut Context<'_>, trace: 
         && let Some(out) = overflow::answer(&packet.tuple, cx)
     {
         return overflow::forward(packet, index, out, cx, trace);
+    }
+    if egress::judge(packet, index, (origin, identity), cx, trace) {
+        return;
     }
     trace.step(index, || Step::NotAService(identity));
     if may_begin(packet.layer4) && !cx.flows.is_free(&packet.tuple.reversed()) {
@@ -146,6 +149,7 @@ fn serve(
                 service: frontend.service.stable_id,
                 tally: endpoint.tally,
                 masquerade: *masquerade,
+                egress: None,
                 by_hash: by == ChosenBy::Maglev,
                 affinity_timeout_s: frontend.service.affinity_timeout_s.unwrap_or(0),
             });

@@ -542,19 +542,50 @@ pub fn sctp(src: Addr, src_port: u16, dst: Addr, dst_port: u16, chunk: u8) -> Ve
 
 pub fn echo(src: Addr, dst: Addr, id: u16, payload: &[u8]) -> Vec<u8> {
     let echo = etherparse::IcmpEchoHeader { id, seq: 1 };
-    let header = etherparse::Icmpv4Header::with_checksum(etherparse::Icmpv4Type::EchoRequest(echo), payload);
-    let mut l4 = header.to_bytes().to_vec();
-    l4.extend(payload);
-    frame(src, dst, protocol::ICMP, &l4)
+    icmp(
+        src,
+        dst,
+        etherparse::Icmpv4Type::EchoRequest(echo),
+        etherparse::Icmpv6Type::EchoRequest(echo),
+        payload,
+    )
+}
+
+pub fn echo_reply(src: Addr, dst: Addr, id: u16, payload: &[u8]) -> Vec<u8> {
+    let echo = etherparse::IcmpEchoHeader { id, seq: 1 };
+    icmp(src, dst, etherparse::Icmpv4Type::EchoReply(echo), etherparse::Icmpv6Type::EchoReply(echo), payload)
 }
 
 /// ICMP port unreachable from `src` to `dst` about the IP packet `quoted`.
 pub fn unreachable(src: Addr, dst: Addr, quoted: &[u8]) -> Vec<u8> {
-    let kind =
-        etherparse::Icmpv4Type::DestinationUnreachable(etherparse::icmpv4::DestUnreachableHeader::Port);
-    let mut l4 = etherparse::Icmpv4Header::with_checksum(kind, quoted).to_bytes().to_vec();
-    l4.extend(quoted);
-    frame(src, dst, protocol::ICMP, &l4)
+    let v4 = etherparse::Icmpv4Type::DestinationUnreachable(etherparse::icmpv4::DestUnreachableHeader::Port);
+    let v6 = etherparse::Icmpv6Type::DestinationUnreachable(etherparse::icmpv6::DestUnreachableCode::Port);
+    icmp(src, dst, v4, v6, quoted)
+}
+
+/// An ICMP message, or the ICMPv6 one in its place.
+fn icmp(
+    src: Addr,
+    dst: Addr,
+    v4: etherparse::Icmpv4Type,
+    v6: etherparse::Icmpv6Type,
+    payload: &[u8],
+) -> Vec<u8> {
+    let (protocol, mut l4) = match (IpAddr::from(src), IpAddr::from(dst)) {
+        (IpAddr::V6(s), IpAddr::V6(d)) => {
+            let header =
+                etherparse::Icmpv6Header::with_checksum(v6, s.octets(), d.octets(), payload).unwrap();
+            (protocol::ICMPV6, header.to_bytes().to_vec())
+        }
+        _ => (protocol::ICMP, etherparse::Icmpv4Header::with_checksum(v4, payload).to_bytes().to_vec()),
+    };
+    l4.extend(payload);
+    frame(src, dst, protocol, &l4)
+}
+
+/// A packet of a protocol without ports.
+pub fn other(src: Addr, dst: Addr, protocol: u8) -> Vec<u8> {
+    frame(src, dst, protocol, &[0; 20])
 }
 
 /// Puts the pseudo-header sum alone into the checksum field, as Linux does before the hardware.

@@ -40,7 +40,7 @@ use super::state::{Entry, State, Touch};
 use super::validate::Rules;
 use crate::addr::Addr;
 use crate::table::flow_map::FlowMap;
-use crate::tables::{EndpointKey, PortSettings, Settings, Tables, Vip};
+use crate::tables::{EgressRule, EndpointKey, PortSettings, Settings, Tables, Vip};
 use cleanup::UdpCleanup;
 use health::HealthTables;
 use lifetime::Lifetime;
@@ -391,11 +391,21 @@ pub fn settings(gateway: &Gateway) -> Settings {
         expose_cluster_ips: port.expose_cluster_ips,
         partial_checksums: false,
     });
-    let mut snat_addresses: Vec<Addr> = gateway.snat.addresses.iter().map(|ip| Addr::from(*ip)).collect();
-    snat_addresses.sort_by_key(|addr| !addr.is_v4());
+    let sources = |given: &[IpAddr]| {
+        let mut addresses: Vec<Addr> = given.iter().map(|ip| Addr::from(*ip)).collect();
+        addresses.sort_by_key(|addr| !addr.is_v4());
+        addresses
+    };
+    let egress = gateway.egress.iter().map(|section| EgressRule {
+        pods: section.pods.clone(),
+        destinations: section.destinations.clone(),
+        except: section.except.clone(),
+        addresses: sources(&section.addresses),
+    });
     Settings {
         ports: ports.collect(),
-        snat_addresses,
+        snat_addresses: sources(&gateway.snat.addresses),
+        egress: egress.collect(),
         snat_port_first: gateway.snat.ports.first,
         snat_port_last: gateway.snat.ports.last,
         lb_key: service::stable_hash(&[gateway.gateway.lb_key.as_bytes()]),

@@ -27,11 +27,10 @@ impl Compiler {
             set.local.insert((*addr).into(), LocalAddress::default());
         }
         // Without addresses of their own, packets are masqueraded to the address of the port that they leave by.
-        let masqueraded: Vec<IpAddr> = match self.gateway.snat.addresses.as_slice() {
-            [] => self.own.iter().map(|addr| IpAddr::from(*addr)).collect(),
-            given => given.to_vec(),
-        };
-        set.local.extend(masqueraded.into_iter().map(|ip| (ip, LocalAddress { masquerade_ports })));
+        let of_ports = if self.gateway.snat.addresses.is_empty() { self.own.as_slice() } else { &[] };
+        let of_ports = of_ports.iter().map(|addr| IpAddr::from(*addr));
+        let masqueraded = of_ports.chain(self.gateway.masquerade_addresses());
+        set.local.extend(masqueraded.map(|ip| (ip, LocalAddress { masquerade_ports })));
         for (key, frontend) in self.services.values().flat_map(|compiled| &compiled.frontends) {
             if matches!(frontend.kind, FrontendKind::NodePort | FrontendKind::HostPort) {
                 let (addr, protocol, port) = (key.addr.into(), key.protocol, key.port);
