@@ -1,0 +1,255 @@
+"""The forwarders that are compared. Each is started on a rig for a case, and says what it forwards to where."""
+
+import dataclasses
+import shutil
+
+import objects
+from network import POD_CIDRS, Failure
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is measured: the load, and what is configured."""
+
+    family: int = 4
+    services: int = 1
+    flows: int = 1000
+    # Flows a second that are new; None: every packet is.
+    new_flows: float | None = 0.0
+    # Bytes a frame; None: the least.
+    size: int | None = None
+
+    def traffic(self, translated):
+        """Arguments of towpath-perf. `translated`: through the Service; otherwise straight to the far side."""
+        source = {4: "10.1.1.0-10.1.1.255", 6: "fd00:1::1:0-fd00:1::1:ff"}[self.family]
+        if translated:
+            pods = objects.endpoints(0, self.family)
+            to = _target(objects.VIPS[self.family], objects.PORT)
+            expected = _target(f"{pods[0]}-{pods[-1]}", objects.TARGET_PORT)
+        else:
+            to = expected = _target({4: "10.2.0.2", 6: "fd00:2::2"}[self.family], 9)
+        arguments = ["--src", source, "--dst", to, "--expect", expected, "--flows", str(self.flows)]
+        return arguments + (["--size", str(self.size)] if self.size else [])
+
+
+def _target(addr, port):
+    return f"[{addr}]:{port}" if ":" in addr else f"{addr}:{port}"
+
+
+class System:
+    """A forwarder between g0 and g1."""
+
+    # Its packets go through a Service and come out translated.
+    translates = True
+    # Programs that it needs; `scripts/setup --perf` installs them.
+    needs = ()
+    families = (4, 6)
+
+    def __init__(self, binaries):
+        self.binaries = binaries
+
+    def start(self, rig, case):
+        """Starts it; returns when it forwards."""
+        raise NotImplementedError
+
+    def notes(self, rig):
+        """What it has to say after a measurement."""
+        del rig
+        return ""
+
+    def missing(self):
+        """The programs that are not installed."""
+        return [program for program in self.needs if shutil.which(program) is None]
+
+
+class Towpath(System):
+    """towpathd: a LoadBalancer Service of ten endpoints, with one worker on CPU 1."""
+
+    CONFIG = """
+[gateway]
+name = "perf"
+cluster_cidrs = ["{pods_v4}", "{pods_v6}"]
+service_cidrs = ["10.96.0.0/12", "fd00:96::/112"]
+return = "routed"
+[control]
+socket = "{folder}/control.sock"
+state_dir = "{folder}/state"
+[workers]
+cpus = [1]
+poll = "{poll}"
+[flows]
+capacity = 1048576
+region = "{folder}/flows"
+[umem]
+chunk_size = 2048
+[[port]]
+name = "uplink"
+interface = "g0"
+role = "outside"
+[[port]]
+name = "fabric"
+interface = "g1"
+role = "inside"
+"""
+    poll = "busy"
+
+    def start(self, rig, case):
+        config = rig.folder / "gateway.toml"
+        config.write_text(self.CONFIG.format(pods_v4=POD_CIDRS[0], pods_v6=POD_CIDRS[1], folder=rig.folder, poll=self.poll))
+        daemon = rig.start(self.binaries / "towpathd", "--config", config, log="towpathd.log")
+        rig.wait_for("towpathd to listen", (rig.folder / "control.sock").exists, daemon)
+        (rig.folder / "objects.json").write_text(objects.manifest(case.services))
+        self.control(rig, "apply", "-f", rig.folder / "objects.json")
+
+    def control(self, rig, *words):
+        return rig.inside("gw", self.binaries / "towpathctl", "--socket", rig.folder / "control.sock",
+                          "--request-timeout", "60", *words)
+
+    def notes(self, rig):
+        return self.control(rig, "drops")
+
+
+class TowpathAdaptive(Towpath):
+    """The same with adaptive polling."""
+
+    poll = "adaptive"
+
+
+class Bypass(System):
+    """Towpath's rings without its pipeline: the least possible AF_XDP forwarder. It touches no packet."""
+
+    translates = False
+
+    def start(self, rig, case):
+        gateway = rig.namespace("gw")
+        process = rig.start(
+            self.binaries / "towpath-perf", "bypass", "--left", f"{gateway}/g0", "--right", f"{gateway}/g1", "--cpu", 1,
+            log="bypass.log",
+        )
+        rig.wait_for("the bypass to be ready", rig.log_has("bypass.log", "ready"), process)
+
+
+class Testpmd(System):
+    """DPDK testpmd, io forwarding over net_af_xdp. It touches no packet."""
+
+    translates = False
+    needs = ("dpdk-testpmd",)
+    mode = "io"
+
+    def start(self, rig, case):
+        process = rig.start(
+            "dpdk-testpmd", "-l", "0,1", "--main-lcore", "0", "--no-huge", "-m", "512", "--no-pci", "--no-telemetry",
+            "--file-prefix", rig.name, "--vdev", "net_af_xdp0,iface=g0", "--vdev", "net_af_xdp1,iface=g1",
+            "--", f"--forward-mode={self.mode}", "--nb-cores=1", "--auto-start", "--no-mlockall", "--total-num-mbufs=65536",
+            "--stats-period=60", log="testpmd.log",
+        )
+        rig.wait_for("testpmd to forward", rig.log_has("testpmd.log", "statistics"), process)
+
+
+class TestpmdMacswap(Testpmd):
+    """DPDK testpmd that swaps the Ethernet addresses."""
+
+    mode = "macswap"
+
+
+class Kernel(System):
+    """Linux forwarding, no NAT, on the sender's CPU."""
+
+    translates = False
+
+    def start(self, rig, case):
+        rig.know_neighbors()
+
+
+class Nftables(System):
+    """Rules as kube-proxy writes them for nftables, loaded with nft, on the sender's CPU."""
+
+    needs = ("nft",)
+
+    def start(self, rig, case):
+        rig.know_neighbors()
+        rig.inside("gw", "nft", "-f", "-", stdin=objects.nftables(case.services, case.family))
+
+
+class Iptables(System):
+    """Rules as kube-proxy writes them for iptables (the legacy kind), on the sender's CPU."""
+
+    needs = ("iptables-legacy-restore", "ip6tables-legacy-restore")
+
+    def start(self, rig, case):
+        rig.know_neighbors()
+        program = {4: "iptables-legacy-restore", 6: "ip6tables-legacy-restore"}[case.family]
+        rig.inside("gw", program, stdin=objects.iptables(case.services, case.family))
+
+
+class OpenVSwitch(System):
+    """Open vSwitch's userspace datapath over AF_XDP, connection tracking and DNAT by OpenFlow rules, on CPU 1. It balances
+    over the addresses of the ten endpoints by hash."""
+
+    needs = ("ovs-vswitchd", "ovsdb-server")
+    families = (4,)
+
+    def start(self, rig, case):
+        folder, environment = rig.folder / "ovs", {"OVS_RUNDIR": str(rig.folder / "ovs"), "OVS_LOGDIR": str(rig.folder / "ovs"),
+                                                   "OVS_DBDIR": str(rig.folder / "ovs"), "OVS_SYSCONFDIR": str(rig.folder / "ovs")}
+        folder.mkdir()
+        database, socket = folder / "conf.db", f"unix:{folder}/db.sock"
+        rig.inside("gw", "ovsdb-tool", "create", database, "/usr/share/openvswitch/vswitch.ovsschema")
+        server = rig.start("ovsdb-server", database, f"--remote=p{socket}", "--log-file=/dev/null", log="ovsdb.log", environment=environment)
+        rig.wait_for("ovsdb-server to listen", (folder / "db.sock").exists, server)
+        vsctl = ("ovs-vsctl", f"--db={socket}", "--no-wait")
+        rig.inside("gw", *vsctl, "init")
+        rig.inside("gw", *vsctl, "set", "Open_vSwitch", ".", "other_config:pmd-cpu-mask=2", "other_config:lcore-mask=1")
+        switch = rig.start("ovs-vswitchd", socket, f"--unixctl={folder}/ctl", f"--pidfile={folder}/pid", log="ovs.log", environment=environment)
+        rig.wait_for("ovs-vswitchd to listen", (folder / "ctl").exists, switch)
+        bridge = ("--", "set", "bridge", "br0", "datapath_type=netdev", "protocols=OpenFlow13")
+        rig.inside("gw", *vsctl, "add-br", "br0", *bridge)
+        for number, port in enumerate(("g0", "g1"), 1):
+            options = ("type=afxdp", "options:n_rxq=1", "options:xdp-mode=native", f"ofport_request={number}")
+            rig.inside("gw", *vsctl, "add-port", "br0", port, "--", "set", "interface", port, *options)
+        management = folder / "br0.mgmt"
+        rig.wait_for("the bridge", management.exists, switch)
+        rig.inside("gw", "ovs-ofctl", "-O", "OpenFlow13", "add-flows", f"unix:{management}", "-", stdin=self._flows(rig))
+        rig.wait_for("the ports", lambda: self._has_ports(rig, folder), switch)
+
+    @staticmethod
+    def _has_ports(rig, folder):
+        shown = rig.inside("gw", "ovs-appctl", "-t", folder / "ctl", "dpif-netdev/pmd-rxq-show")
+        return "g0" in shown and "g1" in shown
+
+    @staticmethod
+    def _flows(rig):
+        pods = objects.endpoints(0, 4)
+        vip, node = objects.VIPS[4], rig.mac("be", "v1")
+        translate = f"ct(commit,zone=1,nat(dst={pods[0]}-{pods[-1]}:{objects.TARGET_PORT}))"
+        send = f"mod_dl_src:{rig.mac('gw', 'g1')},mod_dl_dst:{node},dec_ttl,output:2"
+        back = f"mod_dl_src:{rig.mac('gw', 'g0')},mod_dl_dst:{rig.mac('cli', 'v0')},dec_ttl,output:1"
+        return "\n".join([
+            "table=0,priority=10,ip,ct_state=-trk,actions=ct(zone=1,nat,table=1)",
+            "table=0,priority=1,actions=drop",
+            f"table=1,priority=20,in_port=1,udp,ct_state=+new+trk,nw_dst={vip},tp_dst={objects.PORT},actions={translate},{send}",
+            # A connection is new until it is answered; the packets after its first come here translated already.
+            f"table=1,priority=20,in_port=1,ip,ct_state=+trk,nw_dst={POD_CIDRS[0]},actions={send}",
+            f"table=1,priority=20,in_port=2,ip,ct_state=+est+trk,actions={back}",
+            "table=1,priority=1,actions=drop",
+        ]) + "\n"
+
+
+SYSTEMS = {
+    "towpath": Towpath,
+    "towpath-adaptive": TowpathAdaptive,
+    "bypass": Bypass,
+    "testpmd": Testpmd,
+    "macswap": TestpmdMacswap,
+    "ovs": OpenVSwitch,
+    "kernel": Kernel,
+    "nftables": Nftables,
+    "iptables": Iptables,
+}
+
+
+def find(name, binaries):
+    """The system of that name, ready to be started."""
+    if name not in SYSTEMS:
+        raise Failure(f"no system {name}; there are: {', '.join(SYSTEMS)}")
+    return SYSTEMS[name](binaries)
