@@ -59,6 +59,8 @@ class Rig:
         for side in ("cli", "gw", "be"):
             run("ip", "netns", "add", self.namespace(side))
             run("ip", "-n", self.namespace(side), "link", "set", "lo", "up")
+            # While an interface looks whether its own address is in use, it cannot ask for those of others.
+            self.inside(side, "sysctl", "-qw", "net.ipv6.conf.all.accept_dad=0", "net.ipv6.conf.default.accept_dad=0")
         for outer, side, inner in (("v0", "cli", "g0"), ("v1", "be", "g1")):
             run("ip", "link", "add", outer, "netns", self.namespace(side),
                 "type", "veth", "peer", "name", inner, "netns", self.namespace("gw"))
