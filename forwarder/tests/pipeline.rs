@@ -124,6 +124,7 @@ fn a_pod_that_reaches_itself_is_masqueraded() {
     }
 }
 
+/// Rule 5.8.
 #[test]
 fn two_vips_with_one_endpoint_and_one_client_port_stay_apart() {
     let mut gateway = Gateway::new();
@@ -190,6 +191,7 @@ fn a_cluster_ip_is_for_the_inside() {
     assert_eq!(unknown, Verdict::Drop(Reason::UnknownService));
 }
 
+/// Rule 4.7.
 #[test]
 fn errors_about_hops_and_sizes_come_from_the_vip() {
     let mut gateway = Gateway::new();

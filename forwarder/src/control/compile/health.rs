@@ -237,6 +237,7 @@ mod tests {
         }
     }
 
+    /// Rule 2.4.
     #[test]
     fn changes_reach_the_tables_one_service_at_a_time() {
         let mut cluster = Cluster::new(FRONTEND, &[service(CHECKED), slice(&["ready@n1"])].join("---\n"));

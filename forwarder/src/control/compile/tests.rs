@@ -195,7 +195,7 @@ fn source_ranges_are_for_load_balancer_addresses_of_their_family() {
     );
 }
 
-/// Rule 7.1.
+/// Rules 6.5, 7.1.
 #[test]
 fn node_ports_are_on_chosen_addresses() {
     let web = WEB.replace("kind: Node\nmetadata: {name: gw}", "kind: Node\nmetadata: {name: other}");

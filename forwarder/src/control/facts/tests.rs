@@ -330,6 +330,7 @@ fn pods_that_have_ended_have_no_address() {
     }
 }
 
+/// Rule 10.1.
 #[test]
 fn only_local_load_balancers_have_a_health_check_node_port() {
     for (spec, expected) in [

@@ -129,6 +129,7 @@ fn a_health_check_node_port_is_its_services_alone() {
     Cluster::new(HEAD, &web).apply(&idle);
 }
 
+/// Rule 14.5.
 #[test]
 fn addresses_that_a_service_may_not_have() {
     let lb = "status.loadBalancer.ingress[0].ip";
