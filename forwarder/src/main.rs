@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use config::gateway::Gateway;
 use forwarder::{keeper, replay};
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::prelude::*;
 
 /// Forwards packets of Kubernetes Services on a gateway node.
@@ -71,11 +71,12 @@ fn main() -> ExitCode {
 /// Logs to standard error what TOWPATH_LOG asks for.
 fn begin_log() -> Result<(), String> {
     let wanted = std::env::var("TOWPATH_LOG").unwrap_or_default();
-    let targets: Targets = match wanted.as_str() {
-        "" => "info".parse(),
-        wanted => wanted.parse(),
-    }
-    .map_err(|cause| format!("TOWPATH_LOG: {wanted}: {cause}; use a level such as info or debug"))?;
+    let wanted = if wanted.is_empty() { "info".to_owned() } else { wanted };
+    // A word that is no level would be the name of a module, and switch everything else off.
+    let is_known = |part: &str| part.contains('=') || part.parse::<LevelFilter>().is_ok();
+    let targets = wanted.parse::<Targets>().ok().filter(|_| wanted.split(',').all(is_known));
+    let remedy = "use a level such as info or debug, or levels by module as in info,forwarder::kernel=debug";
+    let targets = targets.ok_or_else(|| format!("TOWPATH_LOG: {wanted}: not understood; {remedy}"))?;
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())

@@ -156,6 +156,68 @@ fn ports_that_are_used_up_are_told_and_never_given_twice() {
     gateway.forwarded(INSIDE, OUTSIDE, &tcp(POD_1, 300, addr("198.51.100.8"), 443, ACK, b""));
 }
 
+/// Two hosts ping each other with one identifier.
+#[test]
+fn a_ping_is_never_taken_for_an_answer() {
+    let mut gateway = gateway("[[egress]]\n");
+    gateway.forwarded(OUTSIDE, INSIDE, &echo(CLIENT, POD_1, 9, b"ping"));
+    assert_eq!(gateway.judge(INSIDE, &echo(POD_1, CLIENT, 9, b"ping")).0, Verdict::Drop(Reason::NoFlow));
+    gateway.forwarded(INSIDE, OUTSIDE, &rig::echo_reply(POD_1, CLIENT, 9, b"ping"));
+}
+
+#[test]
+fn what_leaves_by_no_port_of_ours_is_left_to_the_kernel() {
+    let mut gateway = gateway("[[egress]]\n");
+    let elsewhere = addr("172.31.0.9");
+    for packet in [udp(POD_1, 1, elsewhere, 53, b""), tcp(POD_1, 80, elsewhere, 4242, SYN | ACK, b"")] {
+        assert_eq!(gateway.judge(INSIDE, &packet).0, Verdict::Punt);
+    }
+}
+
+#[test]
+fn errors_on_the_way_out_come_from_the_gateway() {
+    let mut gateway = gateway("[[egress]]\n");
+    gateway.forwarded(INSIDE, OUTSIDE, &echo(POD_1, CLIENT, 9, b"ping"));
+    let mut last = echo(POD_1, CLIENT, 9, b"ping");
+    rig::set_ttl(&mut last, 1);
+    let error = gateway.answered(INSIDE, Reason::TtlExceeded, &last);
+    assert_eq!((source(&error), destination(&error)), (addr("10.0.0.1"), POD_1));
+}
+
+#[test]
+fn an_endpoint_whose_flow_was_forgotten_does_not_begin_another_one() {
+    let service = "---\nkind: Service\nmetadata: {name: web}\nspec: {type: LoadBalancer, clusterIP: 10.96.0.10, \
+        externalTrafficPolicy: Local, ports: [{name: a, port: 80, targetPort: 8080}, {name: b, port: 53, targetPort: 53, protocol: UDP}]}\n\
+        status: {loadBalancer: {ingress: [{ip: 203.0.113.10}]}}\n---\nkind: EndpointSlice\n\
+        metadata: {name: web, labels: {kubernetes.io/service-name: web}}\naddressType: IPv4\n\
+        ports: [{name: a, port: 8080}, {name: b, port: 53, protocol: UDP}]\n\
+        endpoints: [{addresses: [10.244.1.5], nodeName: n1, conditions: {ready: true}}]\n";
+    let mut gateway =
+        Gateway::of_objects(&format!("{HEAD}[[egress]]\n"), 1024, &(OBJECTS.to_owned() + service));
+    for packet in [tcp(POD_1, 8080, CLIENT, 4242, ACK, b"data"), udp(POD_1, 53, CLIENT, 4242, b"late")] {
+        assert_eq!(gateway.judge(INSIDE, &packet).0, Verdict::Drop(Reason::NoFlow));
+    }
+    // What it begins itself goes out, from the same port too.
+    for packet in [tcp(POD_1, 8080, CLIENT, 4242, SYN, b""), tcp(POD_1, 8081, CLIENT, 443, ACK, b"")] {
+        assert_eq!(source(&gateway.forwarded(INSIDE, OUTSIDE, &packet)), addr(OWN[0]));
+    }
+}
+
+/// Whoever asks a pod by its own address needs no translation, and so no room.
+#[test]
+fn without_room_nothing_is_lost_that_is_not_translated() {
+    let mut gateway = Gateway::of_objects(&format!("{HEAD}[[egress]]\n"), 16, OBJECTS);
+    for port in 0..40 {
+        gateway.forwarded(OUTSIDE, INSIDE, &tcp(CLIENT, 4242 + port, POD_1, 80, ACK, b""));
+    }
+    let full = gateway.judge(INSIDE, &tcp(POD_1, 1, CLIENT, 443, ACK, b"")).0;
+    assert_eq!(full, Verdict::Drop(Reason::FlowTableFull));
+    // What no connection begins with makes no flow.
+    let mut gateway = self::gateway("[[egress]]\n");
+    gateway.forwarded(OUTSIDE, INSIDE, &tcp(CLIENT, 4242, POD_1, 80, 0, b""));
+    assert_eq!(gateway.flows(), 0);
+}
+
 /// No two connections have answers with the same tuple.
 #[test]
 fn a_million_flows_have_a_million_reply_tuples() {

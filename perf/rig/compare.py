@@ -49,15 +49,16 @@ def overload(reports, scenario):
 
 
 def ratio(reports, scenario, beside, name):
-    """Median of the ratio of a figure over rounds, its 95 % interval, and the number of rounds. The interval is that of
-    Student's t over the logarithms, since ratios multiply."""
+    """Mean of the ratio of a figure over rounds, its 95 % interval, and the number of rounds. Both are taken over the logarithms,
+    since ratios multiply; the interval is that of Student's t. None: not measured, or nothing came through."""
     ours, theirs = overload(reports, scenario), overload(reports, beside)
-    logs = [math.log(figure(ours[turn], name) / figure(theirs[turn], name)) for turn in sorted(ours.keys() & theirs.keys())]
+    pairs = [(figure(ours[turn], name), figure(theirs[turn], name)) for turn in sorted(ours.keys() & theirs.keys())]
+    logs = [math.log(our / their) for our, their in pairs if our > 0 and their > 0]
     if not logs:
         return None
     middle = statistics.fmean(logs)
     spread = _student(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
-    return math.exp(statistics.median(logs)), math.exp(middle - spread), math.exp(middle + spread), len(logs)
+    return math.exp(middle), math.exp(middle - spread), math.exp(middle + spread), len(logs)
 
 
 def _student(freedom):

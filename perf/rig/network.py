@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -53,6 +54,8 @@ class Rig:
         self.processes.clear()
         for side in ("cli", "gw", "be"):
             run("ip", "netns", "del", self.namespace(side), check=False)
+        # The kernel takes a namespace apart later; that must not be the next measurement's time.
+        time.sleep(1.0)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _connect(self):
@@ -101,6 +104,7 @@ class Rig:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self.namespace("gw"), *map(str, command)],
                 stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                start_new_session=True,
                 env={**os.environ, **(environment or {})},
             )
         self.processes.append(process)
@@ -124,12 +128,18 @@ class Rig:
 
 
 def stop(process):
-    """Asks a process to end, and makes it end."""
+    """Asks a process to end, and makes it and its children end."""
     if process.poll() is not None:
         return
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(5)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def end_in_order():
+    """Whatever ends this program, what it started is taken down."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))

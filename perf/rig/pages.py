@@ -64,6 +64,8 @@ def goals(reports):
 def page(campaign):
     """The report as Markdown."""
     reports = campaign["reports"]
+    if not reports:
+        return "# Nothing was measured\n"
     first = reports[0]
     lines = [
         f"# Towpath beside other forwarders, {campaign['date']}",
@@ -74,7 +76,9 @@ def page(campaign):
         "",
         "Kernel forwarders (kernel, nftables, iptables) run on the sender's CPU; those in user space have a CPU of their own and "
         "keep the sender's busy too. So packets per busy CPU-second of the whole machine say more than Mpps. The rules of "
-        "nftables and iptables are ours, after those that kube-proxy writes.",
+        "nftables and iptables are ours, after those that kube-proxy writes. Where every packet is a new flow, the kernel's entries live for "
+        f"one second, so that its table ({campaign['conntrack_max']} entries, the default here) need not overflow, and Towpath's "
+        "table has room for all of them.",
         "",
         "## Under overload",
         "",
@@ -96,6 +100,8 @@ def page(campaign):
         "",
         *goals(reports),
     ]
+    for failure in campaign["failures"]:
+        lines += ["", f"Failed: {failure}"]
     if campaign["skipped"]:
         lines += ["", f"Not measured, since not installed here: {', '.join(campaign['skipped'])}."]
     return "\n".join(lines) + "\n"
@@ -113,7 +119,8 @@ def plots(reports):
 
     drawn = {}
     rows = [(scenario.removesuffix("/base"), *median(scenario)) for scenario in compare.scenarios(reports) if scenario.endswith(("/base", "/new"))]
-    drawn["throughput.svg"] = plot.bars("Forwarded under overload, 1,000 flows; /new: every packet a new flow", "Mpps; the line is least to most", rows)
+    if rows:
+        drawn["throughput.svg"] = plot.bars("Forwarded under overload, 1,000 flows; /new: every packet a new flow", "Mpps; the line is least to most", rows)
     growth = {}
     for system in ("towpath", "nftables", "iptables"):
         for suffix, name in (("", system), ("-new", f"{system}, new flows")):

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 
 use super::Steer;
+use crate::addr::protocol;
 use crate::port::xsk::steer::{Contents, LocalAddress, LocalPort, PrefixUse, SteerSet, set::prefix_flag};
 use crate::table::flow_map::{FlowMap, FlowSnapshot};
 
@@ -191,7 +192,11 @@ impl Walk {
     fn note(&mut self, flow: &FlowSnapshot, set: &SteerSet, wanted: &Contents, ports: (u16, u16)) {
         let Some(reply) = flow.reply else { return };
         let original = &flow.original;
-        if (reply.src, reply.src_port) != (original.dst, original.dst_port) {
+        // An echo's identifier stands in both ports, and is another one where the source is masqueraded.
+        let is_echo = matches!(original.protocol, protocol::ICMP | protocol::ICMPV6);
+        let is_redirected = reply.src != original.dst || reply.src_port != original.dst_port && !is_echo;
+        let is_masqueraded = reply.dst != original.src;
+        if is_redirected {
             let addr = IpAddr::from(original.dst);
             if set.local.contains_key(&addr) {
                 let port = LocalPort { addr, protocol: original.protocol, port: original.dst_port };
@@ -201,23 +206,30 @@ impl Walk {
             } else if !set.vips.contains(&addr) && self.flags(wanted, addr) & !prefix_flag::SOURCE == 0 {
                 self.needed.vips.insert(addr);
             }
-            let endpoint = IpAddr::from(reply.src);
-            if self.flags(wanted, endpoint) & prefix_flag::SOURCE == 0 {
-                let usage = PrefixUse { source: true, ..PrefixUse::default() };
-                self.needed.prefixes.insert(endpoint.into(), usage);
-            }
+            self.note_source(reply.src.into(), wanted);
+        } else if is_masqueraded {
+            // A pod on its way out.
+            self.note_source(original.src.into(), wanted);
         }
-        if reply.dst != original.src {
+        if is_masqueraded {
             let addr = IpAddr::from(reply.dst);
             let masquerades = |local: &LocalAddress| local.masquerade_ports.is_some();
             if !set.local.get(&addr).is_some_and(masquerades) {
                 self.needed.local.insert(addr, LocalAddress { masquerade_ports: Some(ports) });
             }
             // A port of a range that was another one before a restart.
-            if !(ports.0..=ports.1).contains(&reply.dst_port) {
+            if !(ports.0..=ports.1).contains(&reply.dst_port) && !is_echo {
                 let port = LocalPort { addr, protocol: original.protocol, port: reply.dst_port };
                 self.needed.local_ports.insert(port);
             }
+        }
+    }
+
+    /// Packets of this source must come to a worker.
+    fn note_source(&mut self, source: IpAddr, wanted: &Contents) {
+        if self.flags(wanted, source) & prefix_flag::SOURCE == 0 {
+            let usage = PrefixUse { source: true, ..PrefixUse::default() };
+            self.needed.prefixes.insert(source.into(), usage);
         }
     }
 
@@ -235,7 +247,7 @@ mod tests {
     use config::control::Count;
 
     use super::*;
-    use crate::addr::{Addr, Tuple, protocol};
+    use crate::addr::{Addr, Tuple};
     use crate::port::xsk::steer::SteerChange;
     use crate::stage::flow::Phase;
     use crate::table::flow_map::{FlowId, FlowMapConfig, NewFlow};
@@ -311,6 +323,33 @@ mod tests {
             }
             assert_eq!(*maps.0.lock().unwrap(), expected.contents(), "{ports:?}");
         }
+    }
+
+    #[test]
+    fn pods_on_their_way_out_are_sources_and_whom_they_ping_is_no_vip() {
+        let map = FlowMap::anonymous(FlowMapConfig { capacity: 10_000, workers: 1, ..Default::default() });
+        let mut worker = map.worker(0);
+        // The pods are in no range any more.
+        for (protocol, src_port, dst_port, mapped) in
+            [(protocol::TCP, 4242, 443, (61_000, 443)), (protocol::ICMP, 7, 7, (61_001, 61_001))]
+        {
+            let (src, dst) = (addr("10.7.0.5"), addr("198.51.100.2"));
+            let original = Tuple { src, dst, src_port, dst_port, protocol };
+            let sent = Tuple { src: addr("192.0.2.1"), src_port: mapped.0, dst_port: mapped.1, ..original };
+            let new = NewFlow { original, reply: Some(sent.reversed()), phase: 5, ..NewFlow::default() };
+            map.insert(&mut worker, &new, 1).unwrap();
+        }
+        let maps = Maps::default();
+        let mut steering = Steering::new(Arc::new(maps.clone()), PORTS).unwrap();
+        steering.grow(ranges()).unwrap();
+        steering.grow_for_flows(&map).unwrap();
+        let mut expected = ranges();
+        expected
+            .prefixes
+            .insert("10.7.0.5/32".parse().unwrap(), PrefixUse { source: true, ..PrefixUse::default() });
+        let local = LocalAddress { masquerade_ports: Some(PORTS) };
+        expected.local.insert("192.0.2.1".parse().unwrap(), local);
+        assert_eq!(*maps.0.lock().unwrap(), expected.contents());
     }
 
     /// Source port of every masqueraded flow here.

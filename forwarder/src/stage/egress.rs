@@ -2,11 +2,13 @@
 //!
 //! Which ones, `[[egress]]` of the gateway file says; the first rule that fits counts. Pods, nodes and Services see pods' own addresses
 //! whatever it says (the Kubernetes network model). So does a client outside that asked a pod by its own address: where a rule would
-//! be about the answers, such a connection gets a flow too, which translates nothing.
+//! be about the answers, such a connection gets a flow too, which translates nothing. (Protocols without ports get none: a pod's
+//! answers in them are dropped where a rule is about them.)
 
 use crate::addr::{Addr, Tuple};
 use crate::packet::{Choice, Layer4, Packet, Rewrite};
 use crate::pipeline::Context;
+use crate::stage::overflow;
 use crate::tables::{EgressRule, Identity, Origin, Route};
 use crate::trace::{Step, Trace};
 use crate::verdict::Reason;
@@ -22,10 +24,11 @@ pub fn judge(
 ) -> bool {
     let Tuple { src, dst, .. } = packet.tuple;
     match (from, to) {
-        (Origin::Pod, None) if cx.fib.routes.lookup(dst) != Some(Route::Local) => {
+        // What leaves by no port of ours is the kernel's business.
+        (Origin::Pod, None) if !matches!(cx.fib.routes.lookup(dst), Some(Route::Local | Route::Kernel)) => {
             let Some(rule) = rule(src, dst, cx) else { return false };
             trace.step(index, || Step::Egress { rule });
-            leave(packet, rule);
+            leave(packet, rule, cx);
             true
         }
         (Origin::Outside, Some(Identity::Pod)) if begins(packet.layer4) && rule(dst, src, cx).is_some() => {
@@ -56,15 +59,29 @@ fn rule(pod: Addr, destination: Addr, cx: &Context<'_>) -> Option<usize> {
 fn begins(layer4: Layer4) -> bool {
     match layer4 {
         Layer4::Tcp { flags } => {
-            flags & (tcp::RST | tcp::FIN) == 0 && flags & (tcp::SYN | tcp::ACK) != tcp::SYN | tcp::ACK
+            tcp::valid_flags(flags)
+                && flags & (tcp::RST | tcp::FIN) == 0
+                && flags & (tcp::SYN | tcp::ACK) != tcp::SYN | tcp::ACK
         }
         Layer4::Udp | Layer4::Sctp | Layer4::Echo { request: true } => true,
         _ => false,
     }
 }
 
-fn leave(packet: &mut Packet, rule: usize) {
+/// True for what an endpoint may send without having been asked in this packet: all but a SYN.
+fn is_answer(layer4: Layer4) -> bool {
+    match layer4 {
+        Layer4::Tcp { flags } => flags & tcp::SYN == 0,
+        layer4 => matches!(layer4, Layer4::Udp | Layer4::Sctp),
+    }
+}
+
+fn leave(packet: &mut Packet, rule: usize, cx: &Context<'_>) {
     match packet.layer4 {
+        // The answer of an endpoint whose flow was forgotten: its client asks again, and would not know another address.
+        layer4 if is_answer(layer4) && overflow::is_endpoint(&packet.tuple, cx) => {
+            packet.drop(Reason::NoFlow)
+        }
         layer4 if begins(layer4) => {
             packet.out = packet.tuple;
             packet.rewrite = Rewrite::Translate;

@@ -131,6 +131,13 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
             packet.drop(Reason::SpoofedSource);
             continue;
         }
+        if let Layer4::Echo { request } = packet.layer4
+            && request != (direction == Direction::Original)
+        {
+            // Two hosts ping each other with one identifier: the second one's tuple is that of the first one's answers.
+            packet.drop(Reason::NoFlow);
+            continue;
+        }
         if !cx.read_only {
             if is_new_connection(packet, direction, &flow) {
                 let id = flow.id();
@@ -172,10 +179,9 @@ pub fn belongs_to(packet: &mut Packet, hit: &Hit<'_>) {
     packet.flow = Some((hit.flow.id(), hit.direction));
     packet.rewrite = Rewrite::Translate;
     packet.out = hit.translated().unwrap_or(packet.tuple);
-    packet.error_source = match hit.direction {
-        Direction::Original => Some(packet.tuple.dst),
-        Direction::Reply => None,
-    };
+    // Whoever asked a Service knows its address only.
+    let asked_a_vip = hit.direction == Direction::Original && packet.out.dst != packet.tuple.dst;
+    packet.error_source = asked_a_vip.then_some(packet.tuple.dst);
 }
 
 /// True unless the route back to `source` leaves by a port of the other side (outside against inside) than `port`.

@@ -48,6 +48,10 @@ fn connect(
         match publish(packet, &choice, cx) {
             Ok(()) => return Ok(()),
             Err(InsertError::ReplyTaken) => {}
+            // Nothing is translated: it goes on as if it were merely routed.
+            Err(InsertError::Full | InsertError::EmbryonicFull) if packet.out == packet.tuple => {
+                return Ok(());
+            }
             Err(InsertError::Full | InsertError::EmbryonicFull) => {
                 let goes_on = overflow::go_on(packet, index, &choice, cx, trace);
                 return if goes_on { Ok(()) } else { Err(Reason::FlowTableFull) };

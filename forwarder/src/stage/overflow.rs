@@ -134,6 +134,11 @@ fn is_outside(client: Addr, cx: &Context<'_>) -> bool {
     settings.is_some_and(|port| port.outside) && cx.tables.identities.lookup(client).is_none()
 }
 
+/// True if the source of this packet is an endpoint that clients outside reach by one Service address.
+pub fn is_endpoint(received: &Tuple, cx: &Context<'_>) -> bool {
+    sole_vip(received.src, received.src_port, received.protocol, cx).is_some()
+}
+
 fn sole_vip(addr: Addr, port: u16, protocol: u8, cx: &Context<'_>) -> Option<(Addr, u16)> {
     cx.tables.sole_vips.get(&EndpointKey { addr, port, protocol }).copied()
 }

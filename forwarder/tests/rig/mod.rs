@@ -437,6 +437,7 @@ fn fib() -> Fib {
         ("::/0", Route::NextHop(0)),
         ("10.244.0.0/16", Route::NextHop(1)),
         ("fd00:244::/48", Route::NextHop(1)),
+        ("172.31.0.0/16", Route::Kernel),
         ("198.51.100.1/32", Route::Local),
         ("10.0.0.1/32", Route::Local),
     ];

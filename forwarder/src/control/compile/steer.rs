@@ -26,9 +26,10 @@ impl Compiler {
         for addr in local.iter().chain(&self.surroundings.own) {
             set.local.insert((*addr).into(), LocalAddress::default());
         }
-        // Without addresses of their own, packets are masqueraded to the address of the port that they leave by.
-        let of_ports = if self.gateway.snat.addresses.is_empty() { self.own.as_slice() } else { &[] };
-        let of_ports = of_ports.iter().map(|addr| IpAddr::from(*addr));
+        // Without addresses of their family, packets are masqueraded to the address of the port that they leave by.
+        let is_given =
+            |ip: &IpAddr| self.gateway.snat.addresses.iter().any(|own| own.is_ipv4() == ip.is_ipv4());
+        let of_ports = self.own.iter().map(|addr| IpAddr::from(*addr)).filter(|ip| !is_given(ip));
         let masqueraded = of_ports.chain(self.gateway.masquerade_addresses());
         set.local.extend(masqueraded.map(|ip| (ip, LocalAddress { masquerade_ports })));
         for (key, frontend) in self.services.values().flat_map(|compiled| &compiled.frontends) {

@@ -666,6 +666,18 @@ fn an_endpoint_on_the_gateway_itself_is_left_out_and_told() {
 }
 
 #[test]
+fn packets_are_masqueraded_to_ports_in_the_families_that_have_no_address_given() {
+    let head = HEAD.to_owned()
+        + "\n[snat]\naddresses = ['203.0.114.1']\n[[egress]]\naddresses = ['203.0.114.2', '2001:db8:9::9']\n";
+    let cluster = Cluster::new(&head, WEB);
+    let set = cluster.compiler(&["192.0.2.1", "2001:db8:9::1"]).steer_set(&cluster.state, &[]);
+    let masqueraded: Vec<_> =
+        set.local.iter().filter(|(_, local)| local.masquerade_ports.is_some()).collect();
+    let shown: Vec<_> = masqueraded.iter().map(|(ip, _)| ip.to_string()).collect();
+    assert_eq!(shown, ["203.0.114.1", "203.0.114.2", "2001:db8:9::1", "2001:db8:9::9"]);
+}
+
+#[test]
 fn what_the_steering_program_must_catch() {
     let yaml = format!(
         "{WEB}---
