@@ -85,8 +85,10 @@ class Measurement:
 
     def search(self):
         """The highest rate without loss, and that with 0.5 % of loss, in packets a second."""
+        if self.case.new_flows is None:
+            raise Failure(f"{self.scenario}: new flows cannot be searched for, since their number follows the rate; use --rate")
         report = self._perf("search", "--json", "--high", OVERLOAD, "--time", 1, "--trials", 2, "--precision", 0.04,
-                            "--warm-up", 0.3, *([] if self.case.new_flows is None else ["--new-flows", self.case.new_flows]))
+                            "--warm-up", 0.3, "--new-flows", self.case.new_flows)
         return report["ndr_pps"], report["pdr_pps"]
 
     def _perf(self, *words):
@@ -108,10 +110,6 @@ class Measurement:
         """Resident memory of its processes in bytes; what several have mapped is counted for each."""
         return sum(_resident(pid) for process in self.rig.processes for pid in _family(process.pid))
 
-    def cpu_seconds(self):
-        """CPU time of its processes so far."""
-        return sum(_cpu(pid) for process in self.rig.processes for pid in _family(process.pid))
-
 
 def _family(pid):
     """A process and its descendants."""
@@ -130,11 +128,3 @@ def _resident(pid):
     except OSError:
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cpu(pid):
-    try:
-        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -54,15 +54,10 @@ fn rule(pod: Addr, destination: Addr, cx: &Context<'_>) -> Option<usize> {
     cx.tables.settings.egress.iter().position(fits)
 }
 
-/// True for packets by which a connection begins. Linux takes a lone ACK for a connection that it missed the start of
-/// (nf_conntrack_tcp_loose), but neither the end of one nor the answer to a SYN that it never saw.
+/// True for packets by which a connection begins.
 fn begins(layer4: Layer4) -> bool {
     match layer4 {
-        Layer4::Tcp { flags } => {
-            tcp::valid_flags(flags)
-                && flags & (tcp::RST | tcp::FIN) == 0
-                && flags & (tcp::SYN | tcp::ACK) != tcp::SYN | tcp::ACK
-        }
+        Layer4::Tcp { flags } => tcp::valid_flags(flags) && tcp::may_be_first(flags),
         Layer4::Udp | Layer4::Sctp | Layer4::Echo { request: true } => true,
         _ => false,
     }

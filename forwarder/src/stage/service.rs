@@ -118,12 +118,11 @@ fn serve(
         if !tcp::valid_flags(flags) {
             return packet.drop(Reason::BadTcpFlags);
         }
-        // Linux takes a lone ACK for a connection that it missed the start of (nf_conntrack_tcp_loose), but not the end of one.
         let is_end = flags & (tcp::RST | tcp::FIN) != 0;
         if is_end && let Some(out) = overflow::request(&packet.tuple, cx) {
             return overflow::forward(packet, index, out, cx, trace);
         }
-        if is_end || flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK {
+        if !tcp::may_be_first(flags) {
             return packet.drop(Reason::NoFlow);
         }
     }

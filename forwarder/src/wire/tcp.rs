@@ -60,6 +60,13 @@ pub fn valid_flags(flags: u8) -> bool {
     }
 }
 
+/// True for segments by which Linux takes up a connection: a SYN, and a lone ACK for one that it missed the start of
+/// (nf_conntrack_tcp_loose), but neither the end of one nor the answer to a SYN that it never saw. `flags`: valid ones.
+#[inline]
+pub fn may_be_first(flags: u8) -> bool {
+    flags & (RST | FIN) == 0 && flags & (SYN | ACK) != SYN | ACK
+}
+
 /// The value of the next maximum segment size option (RFC 9293 section 3.2) as an offset from the beginning of `header`. The search
 /// begins with the option at `from`: [`HEADER_LEN`], or two behind the value that was found before. Options behind one that is
 /// malformed are not seen.
