@@ -15,6 +15,7 @@ use std::ops::ControlFlow;
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use crate::control::{Kind, ObjectRef};
@@ -38,6 +39,18 @@ pub enum Object {
     EndpointSlice(Box<EndpointSlice>),
 }
 
+impl Serialize for Object {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Object::Namespace(object) => object.serialize(serializer),
+            Object::Node(object) => object.serialize(serializer),
+            Object::Pod(object) => object.serialize(serializer),
+            Object::Service(object) => object.serialize(serializer),
+            Object::EndpointSlice(object) => object.serialize(serializer),
+        }
+    }
+}
+
 impl Object {
     /// Reads one object from JSON. The second value: warnings, such as fields that the API does not know.
     /// Errors name object, field, value and remedy; a kind that Towpath does not use has the code `skipped_kind`.
@@ -47,14 +60,7 @@ impl Object {
 
     /// The object as JSON, `apiVersion` and `kind` first.
     pub fn to_value(&self) -> Value {
-        let value = match self {
-            Object::Namespace(object) => serde_json::to_value(object),
-            Object::Node(object) => serde_json::to_value(object),
-            Object::Pod(object) => serde_json::to_value(object),
-            Object::Service(object) => serde_json::to_value(object),
-            Object::EndpointSlice(object) => serde_json::to_value(object),
-        };
-        value.expect("a Kubernetes object is always JSON")
+        serde_json::to_value(self).expect("a Kubernetes object is always JSON")
     }
 
     /// Its kind.

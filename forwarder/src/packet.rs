@@ -4,7 +4,7 @@ use af_xdp::Frame;
 use zerocopy::FromBytes;
 
 use crate::addr::{Addr, Tuple};
-use crate::table::flow_map::{Direction, FlowId};
+use crate::table::flow_map::{Candidate, Direction, FlowId};
 use crate::verdict::{Reason, Verdict};
 use crate::wire::tcp;
 
@@ -176,6 +176,8 @@ pub struct Packet {
 
     /// Keyed hash of `tuple`.
     pub hash: u64,
+    /// Where its flow most likely is.
+    pub candidate: Candidate,
     /// The flow that it belongs to.
     pub flow: Option<(FlowId, Direction)>,
     /// Addresses and ports as they leave.
@@ -218,6 +220,7 @@ impl Packet {
             layer4: Layer4::Other,
             tuple: Tuple::default(),
             hash: 0,
+            candidate: Candidate::default(),
             flow: None,
             out: Tuple::default(),
             choice: None,

@@ -37,11 +37,12 @@ def manifest(services):
         "spec": {"podCIDRs": ["10.128.0.0/12", "fd00:244::/48"]},
         "status": {"addresses": [{"type": "InternalIP", "address": "10.2.0.2"}, {"type": "InternalIP", "address": "fd00:2::2"}]},
     }
-    items = [node, *itertools.chain.from_iterable(_service(index) for index in range(services))]
+    items = [node, *itertools.chain.from_iterable(of_service(index) for index in range(services))]
     return json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
 
 
-def _service(index):
+def of_service(index):
+    """A Service and its EndpointSlices."""
     name = f"web-{index}"
     spec = {
         "clusterIP": cluster_ip(index, 4), "clusterIPs": [cluster_ip(index, 4), cluster_ip(index, 6)],

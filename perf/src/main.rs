@@ -15,6 +15,7 @@ mod report;
 mod run;
 mod search;
 mod sink;
+mod updates;
 
 use std::process::ExitCode;
 
@@ -36,6 +37,8 @@ enum Command {
     Bypass(bypass::BypassArguments),
     /// Finds the highest rate without loss (NDR) and with at most 0.5 % loss (PDR) by bisection.
     Search(search::SearchArguments),
+    /// Changes a Service under load, and tells how soon each change is in force. Exit code 2 if packets were lost.
+    Updates(updates::UpdatesArguments),
 }
 
 fn main() -> ExitCode {
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Command::Run(arguments) => run::run(&arguments),
         Command::Bypass(arguments) => bypass::bypass(&arguments),
         Command::Search(arguments) => search::search(&arguments),
+        Command::Updates(arguments) => updates::updates(&arguments),
     };
     result.unwrap_or_else(|error| {
         eprintln!("towpath-perf: {error:#}");

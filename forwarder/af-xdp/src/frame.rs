@@ -70,7 +70,7 @@ impl Frame {
     #[inline]
     pub fn head_mut(&mut self) -> &mut [u8] {
         if self.region.word(self.chunk).is_peeked() {
-            self.region.journal(self.chunk, self.data());
+            self.region.journal(self.chunk, self.offset, self.len());
         }
         let head = self.bytes_mut();
         let len = head.len().min(HEAD_LEN);

@@ -197,23 +197,32 @@ impl Region {
         compiler_fence(Ordering::SeqCst);
     }
 
-    /// Keeps the first bytes of a received frame in the journal, and marks it as being rewritten.
+    /// Keeps the first bytes of a received frame, which has `len` bytes from `offset` of its chunk on, in the journal, and marks it
+    /// as being rewritten.
     #[inline]
-    pub(crate) fn journal(&self, chunk: u32, head: &[u8]) {
+    pub(crate) fn journal(&self, chunk: u32, offset: u16, len: usize) {
         let next = self.journal_next.load(Ordering::Relaxed);
         self.journal_next.store(next.wrapping_add(1), Ordering::Relaxed);
         let slot = next as usize % JOURNAL_SLOTS;
-        let head = &head[..head.len().min(HEAD_LEN)];
-        // SAFETY: `slot` is inside the journal; the thread that owns the frames of this UMEM is alone in writing it.
+        let len = len.min(HEAD_LEN);
+        let room = self.chunk_len() as usize - usize::from(offset);
+        // SAFETY: `slot` is inside the journal; the thread that owns the frames of this UMEM is alone in writing it. No more is copied
+        // than the chunk has from `offset` on; what lies behind the packet is of no use, but a fixed length needs no call.
         unsafe {
+            let head = self.chunk_ptr(chunk).add(usize::from(offset)).as_ptr();
             let entry = self.journal.add(slot).as_ptr();
             // Invalid while it is written: a frame that still refers to this slot must not get these bytes.
             (&raw mut (*entry).chunk).write_volatile(u32::MAX);
             compiler_fence(Ordering::SeqCst);
             #[cfg(all(test, not(loom)))]
             crate::crash::point();
-            (*entry).len = head.len() as u32;
-            (&raw mut (*entry).bytes).cast::<u8>().copy_from_nonoverlapping(head.as_ptr(), head.len());
+            (*entry).len = len as u32;
+            let bytes = (&raw mut (*entry).bytes).cast::<u8>();
+            match len {
+                0..=64 if room >= 64 => bytes.copy_from_nonoverlapping(head, 64),
+                _ if room >= HEAD_LEN => bytes.copy_from_nonoverlapping(head, HEAD_LEN),
+                _ => bytes.copy_from_nonoverlapping(head, len),
+            }
             compiler_fence(Ordering::SeqCst);
             (&raw mut (*entry).chunk).write_volatile(chunk);
         }

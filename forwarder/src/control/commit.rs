@@ -11,9 +11,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use config::control::{Change, Committed, Outcome, Reply, Request};
-use config::fault::{Code, Fault, Source};
-use config::object::Object;
+use config::control::{Change, Committed, Outcome, Reply};
+use config::fault::{Code, Fault};
 use crossbeam::channel::{Receiver, RecvTimeoutError};
 
 use super::cleanup::Cleanup;
@@ -24,7 +23,7 @@ use super::persist::{PersistError, SnapshotJob, StateDir};
 use super::publish::look_again_after;
 use super::restore;
 use super::socket::{Ticket, Transaction};
-use super::state::{Accepted, Operation, Refusal, Touch};
+use super::state::{Accepted, Refusal, Touch};
 use super::steering::Steering;
 use super::{Shared, Steer, WantRoutes, World};
 use crate::addr::Addr;
@@ -272,7 +271,10 @@ impl Committer {
             let fault = fault.field("expect_generation").value(expected);
             return Err(fault.remedy("look at what changed and try again").into());
         }
-        let (operations, mut warnings) = read(transaction.operations)?;
+        let Transaction { operations, found: Refusal { faults, more, mut warnings }, .. } = transaction;
+        if !faults.is_empty() {
+            return Err(Refusal { faults, more, warnings });
+        }
         let is_empty = operations.is_empty() && !begin.prune;
         let World { state, compiler } = world;
         let staged = state.stage(&compiler.rules(), operations, begin.prune).map_err(|mut refusal| {
@@ -572,38 +574,6 @@ fn refused(Refusal { faults, more, warnings }: Refusal) -> Reply {
 
 fn steering_fault(error: String) -> Fault {
     Fault::new(Code::Limit, format!("the steering program cannot be told: {error}"))
-}
-
-/// Reads the objects of a change. Objects of kinds that Towpath does not use are left out with a warning.
-fn read(requests: Vec<Request>) -> Result<(Vec<Operation>, Vec<Fault>), Refusal> {
-    let mut operations = Vec::with_capacity(requests.len());
-    let mut refusal = Refusal::default();
-    let at = |fault: Fault, source: &Source| {
-        if source.file.is_empty() || fault.source.is_some() { fault } else { fault.source(source) }
-    };
-    for request in requests {
-        match request {
-            Request::Apply(apply) => match Object::from_value(apply.object) {
-                Ok((object, warnings)) => {
-                    refusal.warnings.extend(warnings.into_iter().map(|fault| at(fault, &apply.source)));
-                    operations.push(Operation::Apply { object, source: apply.source });
-                }
-                Err(fault) if fault.code == Code::SkippedKind => {
-                    refusal.warnings.push(at(fault, &apply.source))
-                }
-                Err(fault) if refusal.faults.len() < 20 => refusal.faults.push(at(fault, &apply.source)),
-                Err(_) => refusal.more += 1,
-            },
-            Request::Delete(delete) => operations.push(Operation::Delete {
-                object: delete.object,
-                source: delete.source,
-                ignore_not_found: delete.ignore_not_found,
-            }),
-            // The socket stages nothing else.
-            _ => {}
-        }
-    }
-    if refusal.faults.is_empty() { Ok((operations, refusal.warnings)) } else { Err(refusal) }
 }
 
 /// Leaves changes out of an answer that would be too long, those first that are none.

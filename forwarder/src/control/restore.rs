@@ -12,25 +12,25 @@ use super::state::{Entry, Operation, Touch};
 /// One line: what happened to an object.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Line {
-    Put(serde_json::Value),
-    Delete(ObjectRef),
+enum Line<O, R> {
+    Put(O),
+    Delete(R),
 }
 
-fn line(line: &Line) -> String {
-    serde_json::to_string(line).expect("JSON values and names are always JSON")
+fn line(line: &Line<&Object, &ObjectRef>) -> String {
+    serde_json::to_string(line).expect("objects and names are always JSON")
 }
 
 /// The line that puts an object as it is.
 pub fn put(entry: &Entry) -> String {
-    line(&Line::Put(entry.object.to_value()))
+    line(&Line::Put(&entry.object))
 }
 
 /// The lines of a change.
 pub fn lines(touched: &[Touch]) -> Vec<String> {
     let change = |touch: &Touch| match &touch.new {
         Some(entry) => put(entry),
-        None => line(&Line::Delete(ObjectRef::clone(&touch.reference))),
+        None => line(&Line::Delete(&touch.reference)),
     };
     touched.iter().map(change).collect()
 }
@@ -40,7 +40,7 @@ pub fn objects(lines: &[String]) -> (Vec<Manifest>, Vec<Fault>) {
     let mut objects = BTreeMap::new();
     let mut faults = Vec::new();
     for text in lines {
-        match serde_json::from_str(text) {
+        match serde_json::from_str::<Line<serde_json::Value, ObjectRef>>(text) {
             Ok(Line::Put(value)) => match Object::from_value(value) {
                 Ok((object, _)) => {
                     objects.insert(object.reference(), object);

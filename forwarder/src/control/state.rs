@@ -71,6 +71,17 @@ pub struct Refusal {
     pub warnings: Vec<Fault>,
 }
 
+impl Refusal {
+    /// Adds a fault, or counts it when enough are told.
+    pub fn fault(&mut self, fault: Fault) {
+        if self.faults.len() < MAX_FAULTS {
+            self.faults.push(fault);
+        } else {
+            self.more += 1;
+        }
+    }
+}
+
 /// One object before and after a change.
 #[derive(Clone, Debug)]
 pub struct Touch {

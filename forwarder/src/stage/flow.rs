@@ -115,14 +115,14 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
         packet.hash = cx.flows.hash(&packet.tuple);
         cx.flows.prefetch(packet.hash);
     }
-    for packet in burst.iter().filter(|p| p.undecided() && has_flow(p.layer4)) {
-        cx.flows.prefetch_record(packet.hash);
+    for packet in burst.iter_mut().filter(|p| p.undecided() && has_flow(p.layer4)) {
+        packet.candidate = cx.flows.prefetch_record(packet.hash);
     }
     for (index, packet) in burst.iter_mut().enumerate() {
         if !packet.undecided() || !has_flow(packet.layer4) {
             continue;
         }
-        let Some(hit) = cx.flows.lookup(&packet.tuple, packet.hash) else {
+        let Some(hit) = cx.flows.lookup_from(packet.candidate, &packet.tuple, packet.hash) else {
             trace.step(index, || Step::FlowMiss);
             continue;
         };
@@ -131,28 +131,13 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
             packet.drop(Reason::SpoofedSource);
             continue;
         }
-        if let Layer4::Echo { request } = packet.layer4
-            && request != (direction == Direction::Original)
-        {
-            // Two hosts ping each other with one identifier: the second one's tuple is that of the first one's answers.
-            packet.drop(Reason::NoFlow);
-            continue;
-        }
-        if !cx.read_only {
-            if is_new_connection(packet, direction, &flow) {
-                let id = flow.id();
-                cx.flows.remove(cx.flow_worker, id);
-                trace.step(index, || Step::FlowMiss);
-                continue;
-            }
-            let asks_again = is_first(packet, direction) && !is_opening(flow.phase());
-            if !reset::is_resetting(flow.phase()) {
-                follow(packet, direction, &flow);
-            }
-            // Who asks for a connection that stands already keeps no dead one alive, as with Linux.
-            if !asks_again {
+        let is_steady = is_steady(packet.layer4, direction, &flow);
+        if is_steady {
+            if !cx.read_only {
                 flow.touch(cx.now_s);
             }
+        } else if !advance(packet, index, direction, &flow, cx, trace) {
+            continue;
         }
         belongs_to(packet, &hit);
         trace.step(index, || Step::FlowHit {
@@ -161,10 +146,64 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
             generation: flow.generation(),
             service: flow.service(),
         });
-        if reset::is_resetting(flow.phase()) {
+        if !is_steady && reset::is_resetting(flow.phase()) {
             reset::judge(packet, index, &hit, trace);
         }
     }
+}
+
+/// True for packets of open connections that change nothing about them but when they were last seen: nearly all there are.
+#[inline]
+fn is_steady(layer4: Layer4, direction: Direction, flow: &FlowRef<'_>) -> bool {
+    let phase = flow.phase();
+    match layer4 {
+        Layer4::Udp => {
+            phase == Phase::Udp as u8 || phase == Phase::UdpOneWay as u8 && direction == Direction::Original
+        }
+        Layer4::Tcp { flags } => {
+            let fins = flow.flags() & (FIN_ORIGINAL | FIN_REPLY);
+            flags & (tcp::SYN | tcp::FIN | tcp::RST) == 0
+                && phase == Phase::TcpEstablished as u8
+                && fins != FIN_ORIGINAL | FIN_REPLY
+        }
+        _ => false,
+    }
+}
+
+/// Follows what a packet does to its flow. False: the packet is not one of the flow, and dropped or left to the next stages.
+#[inline(never)]
+fn advance(
+    packet: &mut Packet,
+    index: usize,
+    direction: Direction,
+    flow: &FlowRef<'_>,
+    cx: &mut Context<'_>,
+    trace: &mut impl Trace,
+) -> bool {
+    if let Layer4::Echo { request } = packet.layer4
+        && request != (direction == Direction::Original)
+    {
+        // Two hosts ping each other with one identifier: the second one's tuple is that of the first one's answers.
+        packet.drop(Reason::NoFlow);
+        return false;
+    }
+    if cx.read_only {
+        return true;
+    }
+    if is_new_connection(packet, direction, flow) {
+        cx.flows.remove(cx.flow_worker, flow.id());
+        trace.step(index, || Step::FlowMiss);
+        return false;
+    }
+    let asks_again = is_first(packet, direction) && !is_opening(flow.phase());
+    if !reset::is_resetting(flow.phase()) {
+        follow(packet, direction, flow);
+    }
+    // Who asks for a connection that stands already keeps no dead one alive, as with Linux.
+    if !asks_again {
+        flow.touch(cx.now_s);
+    }
+    true
 }
 
 /// True for packets that can belong to a flow by their own tuple.

@@ -26,20 +26,82 @@ pub fn apply(packet: &mut Packet, tails: &[Frame], fib: &Fib) -> bool {
     match packet.rewrite {
         Rewrite::Answer(answer) => return write_answer(packet, answer, fib),
         Rewrite::Reset => return write_reset_onwards(packet),
-        Rewrite::Route => {}
-        Rewrite::Translate => translate(packet),
+        Rewrite::Route | Rewrite::Translate => {}
         Rewrite::IcmpError { .. } => translate_error(packet),
     }
     if packet.mss_limit != 0 {
         lower_mss(packet);
     }
     trim(packet);
-    count_hop(packet);
+    change_headers(packet);
     if packet.partial_checksum {
         finish_checksum(packet, tails);
     }
-    let (destination, source) = packet.macs;
-    ethernet::set_addresses(headers_mut(packet), destination, source);
+    true
+}
+
+/// Writes what nearly every packet needs: addresses, ports, one hop less, and the link layer.
+#[inline]
+fn change_headers(packet: &mut Packet) {
+    let (l3, l4) = (usize::from(packet.l3), usize::from(packet.l4));
+    let translates = packet.rewrite == Rewrite::Translate;
+    if translates && packet.layer4 == Layer4::Sctp {
+        translate_sctp(packet);
+    }
+    let Packet { frame, tuple: old, out: new, macs, layer4, partial_checksum: partial, ttl, .. } = packet;
+    let data = if l4 + tcp::HEADER_LEN <= HEAD_LEN { frame.head_mut() } else { frame.data_mut() };
+    if translates && (l3, l4) == (ethernet::HEADER_LEN, PLAIN_V4_L4) && !*partial {
+        let is_done = match layer4 {
+            Layer4::Udp => translate_plain::<{ PLAIN_V4_L4 + udp::CHECKSUM_OFFSET }>(data, old, new),
+            Layer4::Tcp { .. } => translate_plain::<{ PLAIN_V4_L4 + tcp::CHECKSUM_OFFSET }>(data, old, new),
+            _ => false,
+        };
+        if is_done {
+            return ethernet::set_addresses(data, macs.0, macs.1);
+        }
+    }
+    if translates && *layer4 != Layer4::Sctp {
+        translate(data, (l3, l4), (old, new), *layer4, *partial);
+    }
+    set_ttl(data, l3, old.src.is_v4(), ttl.wrapping_sub(1));
+    ethernet::set_addresses(data, macs.0, macs.1);
+}
+
+/// Where layer 4 begins behind an Ethernet header without tags and an IPv4 header without options.
+const PLAIN_V4_L4: usize = ethernet::HEADER_LEN + ipv4::HEADER_LEN;
+
+/// [`translate`] and [`set_ttl`] for TCP and UDP over IPv4 without tags and options, which is what most packets are: every place is
+/// known, and each checksum is written once. `CHECKSUM`: where that of layer 4 is. False: it is not in the frame, nothing is done.
+#[inline]
+fn translate_plain<const CHECKSUM: usize>(data: &mut [u8], old: &Tuple, new: &Tuple) -> bool {
+    const L3: usize = ethernet::HEADER_LEN;
+    const L4: usize = PLAIN_V4_L4;
+    if data.len() < CHECKSUM + 2 {
+        return false;
+    }
+    // Words of 32 bits fold to the sum of their halves, so they may be added as they are.
+    let change = |old: u32, new: u32| u64::from(!old) + u64::from(new);
+    let addresses =
+        change(old.src.v4_bits(), new.src.v4_bits()) + change(old.dst.v4_bits(), new.dst.v4_bits());
+    let ports = |tuple: &Tuple| u32::from(tuple.src_port) << 16 | u32::from(tuple.dst_port);
+    let layer4 = addresses + change(ports(old), ports(new));
+    // One hop less: 0x0100 less in the word that TTL and protocol are.
+    data[L3 + 8] = data[L3 + 8].wrapping_sub(1);
+    let hop = u64::from(!0x0100u16);
+    let sum = !checksum::fold(u64::from(!word_at(data, L3 + 10)) + addresses + hop);
+    put_word(data, L3 + 10, sum);
+    data[L3 + 12..L3 + 16].copy_from_slice(&new.src.v4_bits().to_be_bytes());
+    data[L3 + 16..L3 + 20].copy_from_slice(&new.dst.v4_bits().to_be_bytes());
+    data[L4..L4 + 4].copy_from_slice(&ports(new).to_be_bytes());
+    let is_udp = CHECKSUM == L4 + udp::CHECKSUM_OFFSET;
+    let old = word_at(data, CHECKSUM);
+    if !(is_udp && old == 0) {
+        let sum = match !checksum::fold(u64::from(!old) + layer4) {
+            0 if is_udp => 0xffff,
+            sum => sum,
+        };
+        put_word(data, CHECKSUM, sum);
+    }
     true
 }
 
@@ -120,15 +182,14 @@ fn set_echo_id(data: &mut [u8], l4: usize, id: (u16, u16), is_v4: bool, addresse
     put_word(data, l4 + 2, sum);
 }
 
-/// Writes [`Packet::out`] into the headers.
-fn translate(packet: &mut Packet) {
-    let (old, new) = (packet.tuple, packet.out);
-    let (l3, l4, layer4, partial) =
-        (usize::from(packet.l3), usize::from(packet.l4), packet.layer4, packet.partial_checksum);
-    if layer4 == Layer4::Sctp {
-        return translate_sctp(packet);
-    }
-    let data = headers_mut(packet);
+/// Writes `new` into the headers at `l3` and `l4`, which have `old`.
+fn translate(
+    data: &mut [u8],
+    (l3, l4): (usize, usize),
+    (old, new): (&Tuple, &Tuple),
+    layer4: Layer4,
+    partial: bool,
+) {
     let addresses = set_addresses(data, l3, (old.src, old.dst), (new.src, new.dst));
     match layer4 {
         Layer4::Tcp { .. } | Layer4::Udp if !partial => {
@@ -222,14 +283,6 @@ fn set_icmp_checksum(message: &mut [u8], src: Addr, dst: Addr) {
         if src.is_v4() { 0 } else { checksum::pseudo_sum(src, dst, protocol::ICMPV6, message.len()) };
     let sum = !checksum::fold(checksum::sum(message) + pseudo);
     put_word(message, 2, sum);
-}
-
-/// Takes one from TTL or hop limit.
-fn count_hop(packet: &mut Packet) {
-    let l3 = usize::from(packet.l3);
-    let v4 = packet.tuple.src.is_v4();
-    let ttl = packet.ttl.wrapping_sub(1);
-    set_ttl(headers_mut(packet), l3, v4, ttl);
 }
 
 /// Writes TTL or hop limit.

@@ -87,14 +87,15 @@ impl<T: Copy> Lpm<T> {
     /// The value of the longest prefix that contains `addr`.
     ///
     /// IPv4: two to five dependent loads; IPv6: two loads for each node.
-    #[inline]
+    #[inline(always)]
     pub fn lookup(&self, addr: Addr) -> Option<T> {
-        self.find(addr).map(|index| self.values[index])
+        // No prefix is 0, which lies before the first value.
+        self.values.get((self.leaf(addr).0 as usize).wrapping_sub(1)).copied()
     }
 
     /// As [`Self::lookup`], with the prefix.
     pub fn lookup_entry(&self, addr: Addr) -> Option<(IpNet, T)> {
-        self.find(addr).map(|index| (self.prefixes[index], self.values[index]))
+        self.leaf(addr).as_prefix().map(|index| (self.prefixes[index], self.values[index]))
     }
 
     /// How many prefixes there are.
@@ -117,10 +118,9 @@ impl<T: Copy> Lpm<T> {
         size_of_val(&*self.prefixes) + size_of_val(&*self.values) + self.v4.bytes() + self.v6.bytes()
     }
 
-    #[inline]
-    fn find(&self, addr: Addr) -> Option<usize> {
-        let leaf = if addr.is_v4() { self.v4.find(addr.v4_bits()) } else { self.v6.find(addr.0) };
-        leaf.as_prefix()
+    #[inline(always)]
+    fn leaf(&self, addr: Addr) -> Leaf {
+        if addr.is_v4() { self.v4.find(addr.v4_bits()) } else { self.v6.find(addr.0) }
     }
 }
 
@@ -243,7 +243,7 @@ impl V4 {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn find(&self, addr: u32) -> Leaf {
         let Some(leaf) = self.first.get((addr >> 16) as usize) else { return Leaf::NONE };
         let Some(node) = leaf.as_node() else { return *leaf };

@@ -176,7 +176,7 @@ impl Client {
             return self.end(Fault::new(Code::Request, "begin within a change; commit or abort it first"));
         }
         let charge: Charge = self.budget.charge();
-        self.staging = Some(Staging { transaction: Transaction { begin, operations: Vec::new(), charge } });
+        self.staging = Some(Staging { transaction: Transaction::new(begin, charge) });
     }
 
     fn stage(&mut self, operation: Request, bytes: usize) {
@@ -184,7 +184,7 @@ impl Client {
             return self.end(Fault::new(Code::Request, "apply or delete without begin"));
         };
         match staging.transaction.charge.grow(bytes) {
-            Ok(()) => staging.transaction.operations.push(operation),
+            Ok(()) => staging.transaction.add(operation),
             Err(fault) => self.end(fault),
         }
     }

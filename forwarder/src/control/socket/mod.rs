@@ -17,8 +17,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use config::control::{Begin, Reply, Request};
+use config::control::{Apply, Begin, Reply, Request};
 use config::fault::{Code, Fault};
+use config::object::Object;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
@@ -29,6 +30,8 @@ pub mod peer;
 use client::Client;
 use line::{Budget, Charge};
 use peer::{Admission, Peer};
+
+use super::state::{Operation, Refusal};
 
 /// Replies of a dump, one at a time, made while the client reads. `None` within the sequence: some work was done
 /// (so that others may have their turn), but there is no reply yet.
@@ -89,15 +92,61 @@ pub trait Backend: Send + Sync {
     fn commit(&self, transaction: Transaction, ticket: Ticket);
 }
 
-/// A complete change, as it was sent.
+/// Most warnings about the objects of one change.
+const MAX_WARNINGS: usize = 200;
+
+/// A complete change. Its objects are read as they come, so that little is left to do when the last one is there.
 #[derive(Debug)]
 pub struct Transaction {
     /// How it began.
     pub begin: Begin,
-    /// [`Request::Apply`] and [`Request::Delete`] only, in order.
-    pub operations: Vec<Request>,
+    /// What it does, in order.
+    pub operations: Vec<Operation>,
+    /// What is wrong with objects that could not be read, and what else was noticed. With a fault the change is refused.
+    pub found: Refusal,
     /// Its part of the staging budget, held until the change is done.
     pub charge: Charge,
+}
+
+impl Transaction {
+    /// A change that does nothing yet.
+    pub fn new(begin: Begin, charge: Charge) -> Transaction {
+        Transaction { begin, operations: Vec::new(), found: Refusal::default(), charge }
+    }
+
+    /// Adds a [`Request::Apply`] or [`Request::Delete`]. Objects of kinds that Towpath does not use are left out with a warning.
+    pub fn add(&mut self, request: Request) {
+        match request {
+            Request::Apply(Apply { object, source }) => {
+                let at = |fault: Fault| {
+                    if source.file.is_empty() || fault.source.is_some() {
+                        fault
+                    } else {
+                        fault.source(&source)
+                    }
+                };
+                match Object::from_value(object) {
+                    Ok((object, warnings)) => {
+                        let room = MAX_WARNINGS.saturating_sub(self.found.warnings.len());
+                        self.found.warnings.extend(warnings.into_iter().take(room).map(at));
+                        self.operations.push(Operation::Apply { object, source });
+                    }
+                    Err(fault) if fault.code == Code::SkippedKind => {
+                        if self.found.warnings.len() < MAX_WARNINGS {
+                            self.found.warnings.push(at(fault));
+                        }
+                    }
+                    Err(fault) => self.found.fault(at(fault)),
+                }
+            }
+            Request::Delete(delete) => self.operations.push(Operation::Delete {
+                object: delete.object,
+                source: delete.source,
+                ignore_not_found: delete.ignore_not_found,
+            }),
+            _ => {}
+        }
+    }
 }
 
 /// The right and duty to answer a commit, once.

@@ -1,6 +1,7 @@
 //! What objects claim, so that a conflict is found by one look-up instead of a walk over all objects.
 
-use std::collections::BTreeSet;
+use std::collections::btree_map::Entry as Place;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
 
@@ -36,7 +37,11 @@ pub enum Claim {
 
 /// Claims with those who claim.
 #[derive(Clone, Debug, Default)]
-pub struct Claims(BTreeSet<(Claim, Arc<ObjectRef>)>);
+pub struct Claims {
+    all: BTreeSet<(Claim, Arc<ObjectRef>)>,
+    /// How many podCIDRs there are of each length, of IPv4 and IPv6: a handful of lengths is in use anywhere.
+    lengths: [BTreeMap<u8, u32>; 2],
+}
 
 /// Sorts before every other reference.
 static FIRST: LazyLock<Arc<ObjectRef>> = LazyLock::new(|| {
@@ -46,7 +51,7 @@ static FIRST: LazyLock<Arc<ObjectRef>> = LazyLock::new(|| {
 impl Claims {
     /// Those who claim `claim`, in the order of their references.
     pub fn of(&self, claim: Claim) -> impl Iterator<Item = &Arc<ObjectRef>> {
-        self.0
+        self.all
             .range((claim, FIRST.clone())..)
             .take_while(move |(other, _)| *other == claim)
             .map(|(_, owner)| owner)
@@ -61,14 +66,15 @@ impl Claims {
     pub fn pod_cidrs_overlapping(&self, net: IpNet) -> impl Iterator<Item = (IpNet, &Arc<ObjectRef>)> {
         // Prefixes nest or are disjoint: an overlapping one begins inside `net`, or is one of the few that hold it.
         let inside_first = Claim::PodCidr(with_length(net.network(), 0));
-        let inside = self.0.range((inside_first, FIRST.clone())..);
+        let inside = self.all.range((inside_first, FIRST.clone())..);
         let inside = inside.map_while(move |(claim, owner)| match claim {
             Claim::PodCidr(other) if other.network() <= net.broadcast() => Some((*other, owner)),
             _ => None,
         });
         let inside = inside.filter(move |(other, _)| net.contains(other));
-        let outside = (0..net.prefix_len()).flat_map(move |length| {
-            let wider = with_length(net.network(), length).trunc();
+        let lengths = self.lengths[usize::from(net.addr().is_ipv6())].range(..net.prefix_len());
+        let outside = lengths.flat_map(move |(length, _)| {
+            let wider = with_length(net.network(), *length).trunc();
             self.of(Claim::PodCidr(wider)).map(move |owner| (wider, owner))
         });
         inside.chain(outside)
@@ -78,7 +84,7 @@ impl Claims {
     pub fn vips_within(&self, net: IpNet) -> impl Iterator<Item = (Addr, &Arc<ObjectRef>)> {
         let first = (Claim::Vip(net.network().into()), FIRST.clone());
         let last = Addr::from(net.broadcast());
-        self.0.range(first..).map_while(move |(claim, owner)| match claim {
+        self.all.range(first..).map_while(move |(claim, owner)| match claim {
             Claim::Vip(addr) if *addr <= last => Some((*addr, owner)),
             _ => None,
         })
@@ -91,14 +97,34 @@ impl Claims {
 
     pub(super) fn add(&mut self, entry: &Entry) {
         for claim in claims(entry) {
-            self.0.insert((claim, entry.reference.clone()));
+            self.insert(claim, &entry.reference);
+        }
+    }
+
+    fn insert(&mut self, claim: Claim, owner: &Arc<ObjectRef>) {
+        if self.all.insert((claim, owner.clone()))
+            && let Claim::PodCidr(net) = claim
+        {
+            *self.lengths_of(net).entry(net.prefix_len()).or_default() += 1;
         }
     }
 
     pub(super) fn remove(&mut self, entry: &Entry) {
         for claim in claims(entry) {
-            self.0.remove(&(claim, entry.reference.clone()));
+            if self.all.remove(&(claim, entry.reference.clone()))
+                && let Claim::PodCidr(net) = claim
+                && let Place::Occupied(mut count) = self.lengths_of(net).entry(net.prefix_len())
+            {
+                *count.get_mut() -= 1;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
         }
+    }
+
+    fn lengths_of(&mut self, net: IpNet) -> &mut BTreeMap<u8, u32> {
+        &mut self.lengths[usize::from(net.addr().is_ipv6())]
     }
 }
 
@@ -157,7 +183,7 @@ mod tests {
         for (cidr, name) in
             [("10.1.0.0/16", "a"), ("10.2.3.0/24", "b"), ("10.2.4.0/24", "c"), ("fd00:1::/64", "d")]
         {
-            claims.0.insert((Claim::PodCidr(net(cidr)), owner(name)));
+            claims.insert(Claim::PodCidr(net(cidr)), &owner(name));
         }
         for (cidr, expected) in [
             ("10.1.2.0/24", vec!["a"]),

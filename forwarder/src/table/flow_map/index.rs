@@ -42,7 +42,7 @@ impl FlowMap {
     #[inline]
     pub(super) fn first_match(&self, bucket: usize, wanted: u64) -> Option<Slot> {
         let slots = &self.region.buckets()[bucket].slots;
-        slots.iter().map(|s| Slot(s.load(Ordering::Relaxed))).find(|s| s.0 & Slot::MATCH == wanted)
+        slots.iter().map(|s| Slot(s.load(Ordering::Acquire))).find(|s| s.0 & Slot::MATCH == wanted)
     }
 
     /// The record that has `tuple` in the direction of the slot, in a state that is `accepted`.
@@ -70,7 +70,7 @@ impl FlowMap {
 
     /// The record of a slot if it has `tuple` in the slot's direction.
     #[inline]
-    fn matching(&self, slot: Slot, tuple: &Packed) -> Option<&Record> {
+    pub(super) fn matching(&self, slot: Slot, tuple: &Packed) -> Option<&Record> {
         let index = slot.record() as usize;
         // A damaged region may hold any index; it must cost a flow, not the process.
         let (record, extension) = (self.region.records().get(index)?, self.region.extensions().get(index)?);

@@ -245,7 +245,7 @@ impl Record {
     }
 
     /// One of the two tuples; of a one-way entry [`Direction::Reply`] is its endpoint as a source.
-    #[inline]
+    #[inline(always)]
     pub fn tuple(&self, extension: &Extension, direction: Direction) -> Tuple {
         let i = direction as usize;
         let shape = self.shape.load(Ordering::Relaxed);

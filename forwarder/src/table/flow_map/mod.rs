@@ -48,12 +48,13 @@ use crossbeam::utils::CachePadded;
 
 use crate::addr::{Addr, Tuple};
 use hash::{HashKey, Packed};
+use layout::Slot;
 use reclaim::{FreeRecords, Keeping, Workers};
 use region::{Header, Region, Sizes};
 use sync::{AtomicU32, AtomicU64, Ordering};
 
 pub use insert::{InsertError, Inserted};
-pub use view::{FlowId, FlowRef, FlowSnapshot, Hit};
+pub use view::{Candidate, FlowId, FlowRef, FlowSnapshot, Hit};
 
 /// How a map is made. See [`Default`] for the usual values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -384,9 +385,10 @@ impl FlowMap {
         region::prefetch(&self.region.buckets()[probe.first]);
     }
 
-    /// Second pass over a burst: asks for the record that `hash` most likely leads to, or else for the other line of slots.
+    /// Second pass over a burst: asks for the record that `hash` most likely leads to, or else for the other line of slots. What it
+    /// found is for [`Self::lookup_from`].
     #[inline]
-    pub fn prefetch_record(&self, hash: u64) {
+    pub fn prefetch_record(&self, hash: u64) -> Candidate {
         let probe = self.probe(hash);
         match self.first_match(probe.first, probe.wanted) {
             Some(slot) => {
@@ -399,15 +401,32 @@ impl FlowMap {
                 {
                     region::prefetch(extension);
                 }
+                Candidate(slot.0)
             }
-            None => region::prefetch(&self.region.buckets()[probe.second]),
+            None => {
+                region::prefetch(&self.region.buckets()[probe.second]);
+                Candidate::default()
+            }
         }
+    }
+
+    /// As [`Self::lookup`], looking first at what [`Self::prefetch_record`] found since the worker's last quiescent state.
+    #[inline]
+    pub fn lookup_from(&self, candidate: Candidate, tuple: &Tuple, hash: u64) -> Option<Hit<'_>> {
+        let slot = Slot(candidate.0);
+        if candidate != Candidate::default()
+            && let Some(record) = self.matching(slot, &Packed::new(tuple))
+            && record.state(Ordering::Acquire).is_live()
+        {
+            return Some(Hit { direction: slot.direction(), flow: self.flow(slot.record(), record) });
+        }
+        self.lookup(tuple, hash)
     }
 
     /// The flow that `tuple` belongs to, in either direction. `hash`: from [`Self::hash`]. Lock-free.
     ///
     /// The flow may be held until the worker's next quiescent state.
-    #[inline]
+    #[inline(never)]
     pub fn lookup(&self, tuple: &Tuple, hash: u64) -> Option<Hit<'_>> {
         let packed = Packed::new(tuple);
         let (slot, record) = self.find(&packed, hash, |state| state.is_live())?;

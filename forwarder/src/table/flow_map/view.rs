@@ -26,6 +26,10 @@ impl FlowId {
     }
 }
 
+/// A slot that most likely leads to the flow of a hash; by default none.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Candidate(pub(super) u64);
+
 /// A flow and which way the packet goes.
 #[derive(Clone, Copy, Debug)]
 pub struct Hit<'m> {
@@ -37,7 +41,7 @@ pub struct Hit<'m> {
 
 impl Hit<'_> {
     /// What the packet must become: the reverse of what comes back. None for a one-way entry.
-    #[inline]
+    #[inline(always)]
     pub fn translated(&self) -> Option<Tuple> {
         match self.direction {
             Direction::Original => self.flow.reply().map(|tuple| tuple.reversed()),
@@ -78,13 +82,13 @@ impl FlowRef<'_> {
     }
 
     /// The client's packets as they come in.
-    #[inline]
+    #[inline(always)]
     pub fn original(&self) -> Tuple {
         self.record.tuple(self.extension(), Direction::Original)
     }
 
     /// The endpoint's packets as they come in; None for a one-way entry.
-    #[inline]
+    #[inline(always)]
     pub fn reply(&self) -> Option<Tuple> {
         (!self.record.is_one_way()).then(|| self.record.tuple(self.extension(), Direction::Reply))
     }
