@@ -6,7 +6,8 @@
 //! KIND: established (a client's packets of random connections), reply (their endpoints'), new (the first packets of connections that
 //! are removed after each burst), routed (packets for no Service). STAGE: all, or one by its name.
 //!
-//! Under `valgrind --tool=callgrind --instr-atstart=no --collect-atstart=no` exactly what is timed is counted.
+//! Under `valgrind --tool=callgrind --instr-atstart=no --collect-atstart=no` exactly what is timed is counted, and
+//! each command has a file of its own.
 
 use std::io::{BufRead, BufWriter, Write};
 use std::net::IpAddr;
@@ -482,6 +483,7 @@ impl Bench {
                 self.remove_last(BURST);
             }
         }
+        callgrind(DUMP_STATS);
         callgrind(STOP_INSTRUMENTATION);
         spent.sort_unstable();
         spent[bursts / 2] as f64 / BURST as f64
@@ -546,6 +548,7 @@ fn write_packet(frame: &mut [u8], tuple: &Tuple, port: u8) {
 }
 
 const CALLGRIND: u64 = (b'C' as u64) << 24 | (b'T' as u64) << 16;
+const DUMP_STATS: u64 = CALLGRIND;
 const TOGGLE_COLLECT: u64 = CALLGRIND + 2;
 const START_INSTRUMENTATION: u64 = CALLGRIND + 4;
 const STOP_INSTRUMENTATION: u64 = CALLGRIND + 5;

@@ -1,27 +1,29 @@
 """Counts instructions with callgrind and reads which function and which line they belong to."""
 
 import collections
-import os
 import pathlib
 import re
 import subprocess
 import tempfile
+
+from network import Failure
 
 COMMAND = ("valgrind", "--tool=callgrind", "--instr-atstart=no", "--collect-atstart=no", "--dump-line=yes")
 # Where a source file stands is of no interest, which file it is is.
 PREFIXES = re.compile(r"^(.*/(?=(forwarder|config|library)/)|.*/registry/src/[^/]*/)")
 
 
-def run(command, text):
-    """Runs a program under callgrind with `text` as its input. Returns what it printed and instructions by (function, file, line)."""
+def run(command, commands):
+    """Runs a program that answers commands under callgrind. Returns for each what it counted, as `read` does."""
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "out"
-        # A smaller data segment grows elsewhere; callgrind says so each time.
         full = [*COMMAND, f"--callgrind-out-file={out}", *map(str, command)]
-        done = subprocess.run(full, input=text, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
-        if done.returncode != 0 or not out.exists():
-            raise RuntimeError(f"{' '.join(full)}: {done.stderr.strip()[-500:]}")
-        return done.stdout, read(out)
+        text = "".join(f"{line}\n" for line in commands)
+        done = subprocess.run(full, input=text, capture_output=True, text=True, check=False)
+        parts = [out.with_name(f"out.{number}") for number in range(1, len(commands) + 1)]
+        if done.returncode != 0 or not all(part.exists() for part in parts):
+            raise Failure(f"{' '.join(full)}: {done.stderr.strip()[-500:]}")
+        return [read(part) for part in parts]
 
 
 def read(path):
