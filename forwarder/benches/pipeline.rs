@@ -543,7 +543,11 @@ fn write_packet(frame: &mut [u8], tuple: &Tuple, port: u8) {
         6
     };
     let pseudo = checksum::pseudo_sum(tuple.src, tuple.dst, number, l4_len);
-    let sum = !checksum::fold(checksum::sum(segment) + pseudo);
+    // A zero would say that there is none (RFC 768).
+    let sum = match !checksum::fold(checksum::sum(segment) + pseudo) {
+        0 if number == protocol::UDP => 0xffff,
+        sum => sum,
+    };
     segment[at..at + 2].copy_from_slice(&sum.to_be_bytes());
 }
 

@@ -158,8 +158,12 @@ def testpmd(mode, seconds):
     except FileNotFoundError:
         return None
     time.sleep(seconds)
-    # It ends when somebody presses Enter.
-    text = process.communicate("\n")[0]
+    process.terminate()
+    try:
+        text = process.communicate(timeout=10)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise Failure("dpdk-testpmd does not end") from None
     # Two ports a report; the first report and the last one are of shorter times.
     rates = [int(rate) for rate in re.findall(r"Rx-pps:\s+(\d+)", text)]
     sums = [a + b for a, b in zip(rates[::2], rates[1::2])]
