@@ -172,13 +172,12 @@ def testpmd(mode, seconds):
 
 
 def instructions(all_worlds, bench, lookup, folder, bursts):
-    """Instructions per packet, by the same names; beside them what every command counted, for a profile."""
-    counted, details = {}, {}
+    """Instructions per packet, by the same names."""
+    counted = {}
     for index, world in enumerate(all_worlds):
         lines = [f"{kind} {stage} {bursts}" for kind, stage in world.commands]
         for (kind, stage), counts in zip(world.commands, callgrind.run([bench, *world.arguments()], lines)):
             name = f"{world.name}/{kind}/{stage}"
-            details[name] = counts
             counted[name] = sum(counts.values()) / (bursts * BURST)
         if world.dpdk and lookup is not None:
             keys = folder / f"counted-{index}"
@@ -187,7 +186,7 @@ def instructions(all_worlds, bench, lookup, folder, bursts):
             for what, counts in zip(world.dpdk, callgrind.run(dpdk_command(lookup, keys, world.flows), lines)):
                 counted[f"{world.name}/dpdk/{what}"] = sum(counts.values()) / (bursts * BURST)
         print(f"    {world.name}: counted", flush=True)
-    return counted, details
+    return counted
 
 
 def counted_worlds(size):
