@@ -176,5 +176,5 @@ def plots(record):
             line = [point for point in line if point[1] is not None]
             if len(line) > 1:
                 lines[label] = line
-        found[f"pipeline-{word}.svg"] = plot.lines(title, word, "ns per packet", lines)
+        found[f"pipeline-{word}.svg"] = plot.lines(title, word, "ns per packet", lines, log_y=True)
     return found
