@@ -20,6 +20,14 @@ const PROBES: u32 = 128;
 
 /// Creates the flows of the burst.
 pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
+    let mut connections = 0;
+    for packet in burst.iter().filter(|packet| packet.choice.is_some()) {
+        // Of those that are masqueraded the answers are not known yet.
+        cx.flows.prefetch_both(cx.flows.hash(&packet.out.reversed()));
+        cx.flows.prefetch_both(packet.hash);
+        connections += 1;
+    }
+    cx.flows.prefetch_free(cx.flow_worker, connections);
     for (index, packet) in burst.iter_mut().enumerate() {
         let leaves_by = match packet.verdict {
             Verdict::Forward { port } | Verdict::Hold { port } => port,

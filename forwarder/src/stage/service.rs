@@ -5,11 +5,12 @@
 use config::gateway::Algorithm;
 
 use crate::addr::{Addr, Tuple, protocol};
-use crate::packet::{Answer, Choice, Layer4, Packet, Rewrite};
+use crate::packet::{Answer, BURST, Choice, Layer4, Packet, Rewrite};
 use crate::pipeline::{Context, Rng};
 use crate::stage::flow::source_side_matches;
 use crate::stage::{egress, overflow};
 use crate::table::flow_map::FlowRef;
+use crate::table::prefetch;
 use crate::tables::{
     Action, Backends, Frontend, FrontendKey, FrontendKind, Identity, Origin, ServicePort, Vip,
 };
@@ -19,11 +20,60 @@ use crate::wire::tcp;
 
 /// Judges the packets that belong to no flow.
 pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
+    if burst.iter().any(is_first) {
+        prefetch_tables(burst, cx);
+    }
     for (index, packet) in burst.iter_mut().enumerate() {
-        if packet.undecided() && packet.flow.is_none() && !packet.is_stateless {
+        if is_first(packet) {
             first_packet(packet, index, cx, trace);
         }
     }
+}
+
+/// True for packets that no flow was found for.
+#[inline]
+fn is_first(packet: &Packet) -> bool {
+    packet.undecided() && packet.flow.is_none() && !packet.is_stateless
+}
+
+/// Asks for what the first packets of connections are about to read, step by step for all of them: each step leads to the next, and a
+/// gateway has more Services than its cache has room for.
+fn prefetch_tables(burst: &[Packet], cx: &Context<'_>) {
+    let tables = cx.tables;
+    let mut frontends: [Option<&Frontend>; BURST] = [None; BURST];
+    let firsts =
+        || burst.iter().enumerate().filter(|(_, packet)| is_first(packet) && has_ports(packet.layer4));
+    for (_, packet) in firsts() {
+        tables.frontends.prefetch(&frontend_key(packet));
+        tables.vips.prefetch(&packet.tuple.src);
+    }
+    for (index, packet) in firsts() {
+        let frontend = tables.frontends.get(&frontend_key(packet)).map(|frontend| &**frontend);
+        frontend.into_iter().for_each(prefetch);
+        frontends[index] = frontend;
+    }
+    // The lists for the three origins are mostly one.
+    let backends = frontends.map(|frontend| match &frontend?.from_outside {
+        Action::Dnat { backends, .. } => Some(&**backends),
+        _ => None,
+    });
+    for (backends, frontend) in backends.iter().zip(frontends) {
+        backends.iter().for_each(|backends| prefetch(*backends));
+        frontend.iter().for_each(|frontend| prefetch(&*frontend.service));
+    }
+    let hash = |packet: &Packet| packet.tuple.stable_hash(tables.settings.lb_key);
+    for (index, packet) in firsts() {
+        backends[index].iter().for_each(|backends| backends.spread.prefetch(hash(packet)));
+    }
+    for (index, packet) in firsts() {
+        let Some(backends) = backends[index] else { continue };
+        backends.endpoints.get(backends.spread.by_hash(hash(packet))).into_iter().for_each(prefetch);
+    }
+}
+
+fn frontend_key(packet: &Packet) -> FrontendKey {
+    let Tuple { dst: addr, dst_port: port, protocol, .. } = packet.tuple;
+    FrontendKey { addr, port, protocol }
 }
 
 fn first_packet(packet: &mut Packet, index: usize, cx: &mut Context<'_>, trace: &mut impl Trace) {
@@ -33,10 +83,8 @@ fn first_packet(packet: &mut Packet, index: usize, cx: &mut Context<'_>, trace: 
     }
     let origin = origin(source, cx);
     trace.step(index, || Step::Origin(origin));
-    let key =
-        FrontendKey { addr: packet.tuple.dst, port: packet.tuple.dst_port, protocol: packet.tuple.protocol };
     if has_ports(packet.layer4)
-        && let Some(frontend) = cx.tables.frontends.get(&key)
+        && let Some(frontend) = cx.tables.frontends.get(&frontend_key(packet))
     {
         trace.step(index, || Step::Frontend { service: frontend.service.clone(), kind: frontend.kind });
         return serve(packet, index, frontend, origin, cx, trace);

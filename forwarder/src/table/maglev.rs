@@ -4,6 +4,8 @@
 //! free. So slots differ by at most one between backends of equal weight, and most slots stay where they were when backends come
 //! and go. The same backends under the same key give the same table, in whatever order they are listed.
 
+use super::prefetch;
+
 /// Sizes of tables: primes, about doubling, so that few changes of the number of backends change the size (which moves all slots).
 const SIZES: [u32; 16] = [
     251, 509, 1_021, 2_039, 4_093, 8_191, 16_381, 32_749, 65_521, 131_071, 262_139, 524_287, 1_048_573,
@@ -82,8 +84,20 @@ impl Maglev {
     /// Index of the backend for `hash`, all of whose bits count; the table must not be empty.
     #[inline]
     pub fn pick(&self, hash: u64) -> usize {
-        let slot = (u128::from(hash) * self.slots.len() as u128) >> 64;
-        self.slots[slot as usize] as usize
+        self.slots[self.slot(hash)] as usize
+    }
+
+    /// Asks for the slot of `hash`, ahead of its use.
+    #[inline]
+    pub fn prefetch(&self, hash: u64) {
+        if let Some(slot) = self.slots.get(self.slot(hash)) {
+            prefetch(slot);
+        }
+    }
+
+    #[inline]
+    fn slot(&self, hash: u64) -> usize {
+        ((u128::from(hash) * self.slots.len() as u128) >> 64) as usize
     }
 
     /// True if there is no backend to pick.

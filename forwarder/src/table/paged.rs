@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 
+use super::prefetch;
+
 /// Entries a page has on average before the map grows.
 const ENTRIES_PER_PAGE: usize = 6;
 /// Pages a directory has: a power of two.
@@ -51,6 +53,14 @@ impl<K: Hash + Eq + Clone, V: Clone> PagedMap<K, V> {
             .iter()
             .find(|entry| entry.hash == hash && entry.key == *key)
             .map(|entry| &entry.value)
+    }
+
+    /// Asks for the page of `key`, ahead of its use.
+    #[inline]
+    pub fn prefetch(&self, key: &K) {
+        if self.pages > 0 {
+            prefetch(&**self.page(self.page_of(self.hash(key))));
+        }
     }
 
     /// Sets the value of `key`; returns the one it had.

@@ -48,6 +48,12 @@ impl Spread {
         self.maglev.pick(hash)
     }
 
+    /// Asks for what [`Self::by_hash`] will read, ahead of its use.
+    #[inline]
+    pub fn prefetch(&self, hash: u64) {
+        self.maglev.prefetch(hash);
+    }
+
     /// Index of a backend at random, by weight. `random`: gives 64 random bits.
     #[inline]
     pub fn at_random(&self, mut random: impl FnMut() -> u64) -> usize {

@@ -425,7 +425,7 @@ mod tests {
         }
     }
 
-    const APPLY: &str = "{\"apply\":{\"object\":{\"kind\":\"Service\"}}}\n";
+    const APPLY: &str = "{\"apply\":{\"object\":{\"apiVersion\":\"v1\",\"kind\":\"Namespace\",\"metadata\":{\"name\":\"a\"}}}}\n";
 
     #[test]
     fn a_change_is_handed_over_whole() {

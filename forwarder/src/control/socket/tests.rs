@@ -157,7 +157,8 @@ impl Talk {
 }
 
 const HELLO: &str = "{\"hello\":{\"version\":1,\"client\":\"test\"}}\n";
-const APPLY: &str = "{\"apply\":{\"object\":{\"kind\":\"Service\"}}}\n";
+const APPLY: &str =
+    "{\"apply\":{\"object\":{\"apiVersion\":\"v1\",\"kind\":\"Namespace\",\"metadata\":{\"name\":\"a\"}}}}\n";
 const STATUS: &str = "\"status\"\n";
 
 fn quick() -> Limits {

@@ -46,6 +46,7 @@ use std::sync::Arc;
 
 use crossbeam::utils::CachePadded;
 
+use super::prefetch;
 use crate::addr::{Addr, Tuple};
 use hash::{HashKey, Packed};
 use layout::Slot;
@@ -382,7 +383,22 @@ impl FlowMap {
     #[inline]
     pub fn prefetch(&self, hash: u64) {
         let probe = self.probe(hash);
-        region::prefetch(&self.region.buckets()[probe.first]);
+        prefetch(&self.region.buckets()[probe.first]);
+    }
+
+    /// Asks for both lines of slots that `hash` may lie in, ahead of an insert.
+    #[inline]
+    pub fn prefetch_both(&self, hash: u64) {
+        let probe = self.probe(hash);
+        prefetch(&self.region.buckets()[probe.first]);
+        prefetch(&self.region.buckets()[probe.second]);
+    }
+
+    /// Asks for the records that this worker's next inserts write, at most `count`.
+    pub fn prefetch_free(&self, worker: &mut FlowWorker, count: usize) {
+        for index in worker.keeping().next_free().take(count) {
+            prefetch(&self.region.records()[index as usize]);
+        }
     }
 
     /// Second pass over a burst: asks for the record that `hash` most likely leads to, or else for the other line of slots. What it
@@ -394,17 +410,17 @@ impl FlowMap {
             Some(slot) => {
                 let record = slot.record() as usize;
                 if let Some(record) = self.region.records().get(record) {
-                    region::prefetch(record);
+                    prefetch(record);
                 }
                 if slot.is_extended()
                     && let Some(extension) = self.region.extensions().get(record)
                 {
-                    region::prefetch(extension);
+                    prefetch(extension);
                 }
                 Candidate(slot.0)
             }
             None => {
-                region::prefetch(&self.region.buckets()[probe.second]);
+                prefetch(&self.region.buckets()[probe.second]);
                 Candidate::default()
             }
         }

@@ -229,6 +229,16 @@ impl Keeping {
         Some(self.word as u32 * 64 + bit)
     }
 
+    /// The records that come next, as far as they are taken already.
+    pub fn next_free(&self) -> impl Iterator<Item = u32> {
+        let (first, mut free) = (self.word as u32 * 64, self.free);
+        std::iter::from_fn(move || {
+            let bit = (free != 0).then(|| free.trailing_zeros())?;
+            free &= free - 1;
+            Some(first + bit)
+        })
+    }
+
     /// Gives back a record that was never published.
     pub fn give_back(&mut self, free: &FreeRecords, record: u32) {
         let (word, bit) = (record as usize / 64, 1u64 << (record % 64));

@@ -84,6 +84,3 @@ impl Region {
         true
     }
 }
-
-/// Nothing to prefetch.
-pub(super) fn prefetch<T>(_item: &T) {}
