@@ -95,7 +95,8 @@ impl Generator {
             return self.end_phase(kind, ports);
         }
         let total = if is_over { self.next } else { total };
-        let due = (((now - self.start_ns) as f64 * self.load.rate / 1e9) as u64).min(total);
+        // The first packet is due at the start, not an interval later.
+        let due = (((now - self.start_ns) as f64 * self.load.rate / 1e9) as u64 + 1).min(total);
         if self.next < due && kind == Kind::Measured {
             self.sent.late_max_ns =
                 self.sent.late_max_ns.max(now.saturating_sub(self.intended_ns(self.next)));

@@ -65,7 +65,8 @@ fn bisect(arguments: &SearchArguments, loss: f64) -> anyhow::Result<f64> {
         }
         Ok(true)
     };
-    if !carried(arguments.low)? {
+    // What is carried without loss is carried with some.
+    if loss == 0.0 && !carried(arguments.low)? {
         return Ok(0.0);
     }
     find(arguments.low, arguments.high, arguments.precision, carried)
