@@ -106,6 +106,10 @@ class Measurement:
     def __exit__(self, *_):
         self.rig.__exit__()
 
+    def stays(self):
+        """True if its set-up takes so long that the rig is better kept, and costs nothing meanwhile: rules of the kernel."""
+        return self.system.is_rules and self.case.services >= 10_000
+
     def report(self):
         """What the load is for. The key `kind` says what it is."""
         return {

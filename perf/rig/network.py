@@ -7,6 +7,7 @@
 Clients are 10.1.1.0/24 and fd00:1::1:0/120, behind v0. A direct rig has v0 and v1 joined, and nothing between them.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -20,6 +21,10 @@ import time
 POD_CIDRS = ("10.128.0.0/12", "fd00:244::/48")
 CLIENT_CIDRS = ("10.1.1.0/24", "fd00:1::1:0/120")
 CLIENTS, NODES = ("10.1.0.2", "fd00:1::2"), ("10.2.0.2", "fd00:2::2")
+
+
+# Of rigs, since several may be there at a time.
+_NUMBERS = itertools.count()
 
 
 class Failure(Exception):
@@ -38,7 +43,7 @@ class Rig:
     """A rig of its own for each measurement: nothing is left over from another forwarder. Use it in a `with` statement."""
 
     def __init__(self, queues=1, is_direct=False):
-        self.name = f"perf-{os.getpid()}"
+        self.name = f"perf-{os.getpid()}-{next(_NUMBERS)}"
         self.queues = ("numrxqueues", queues, "numtxqueues", queues)
         self.is_direct = is_direct
         self.folder = None

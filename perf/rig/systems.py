@@ -63,6 +63,8 @@ class System:
     is_transparent = False
     # There is no gateway at all.
     is_direct = False
+    # Nothing but rules in the kernel, which rest while no packet comes.
+    is_rules = False
     # Real sockets may leave checksums and segments to the interface: they are taken care of on the way.
     offloads = True
 
@@ -230,6 +232,7 @@ class Nftables(System):
     """Rules as kube-proxy writes them for nftables, loaded with nft, on the sender's CPU."""
 
     needs = ("nft",)
+    is_rules = True
     kinds = ("packets", "replies", "connect", "bulk")
 
     def start(self, rig, case):
@@ -242,6 +245,7 @@ class Iptables(System):
     """Rules as kube-proxy writes them for iptables (the legacy kind), on the sender's CPU."""
 
     needs = ("iptables-legacy-restore", "ip6tables-legacy-restore")
+    is_rules = True
     kinds = ("packets", "replies", "connect", "bulk")
 
     def start(self, rig, case):
