@@ -124,15 +124,19 @@ class Measurement:
     def at(self, rate):
         """The report of towpath-perf at so many packets a second. Loss is no failure, a wrong packet is."""
         new_flows = rate if self.case.new_flows is None else self.case.new_flows
-        return self._packets("--rate", rate, "--new-flows", min(new_flows, rate), "--time", self.seconds, "--warm-up", 0.3)
+        # Long enough for every flow to begin.
+        warm_up = 0.3 + self.case.flows / GENTLE_RATE
+        return self._packets("--rate", rate, "--new-flows", min(new_flows, rate), "--time", self.seconds, "--warm-up", warm_up)
 
     def search(self, seconds=1.0):
         """The highest rate without loss, and that with 0.5 % of loss, in packets a second."""
+        if self.case.kind not in ("packets", "replies"):
+            raise Failure(f"{self.scenario}: only packets have a rate to search for")
         if self.case.new_flows is None:
             raise Failure(f"{self.scenario}: new flows cannot be searched for, since their number follows the rate; use --rate")
         # No rate that is carried is much higher than what comes through under overload.
         most = max(self.at(OVERLOAD)["rate_received"], 50_000) * 1.3
-        report = self._perf("search", "--json", "--low", most / 8, "--high", most, "--time", seconds, "--trials", 1,
+        report = self._perf("search", "--json", "--low", most / 20, "--high", most, "--time", seconds, "--trials", 1,
                             "--precision", 0.05, "--warm-up", 0.2, "--new-flows", self.case.new_flows, *self._ends())
         return report["ndr_pps"], report["pdr_pps"]
 
@@ -171,7 +175,8 @@ class Measurement:
 
     def memory(self):
         """Memory with a million connections."""
-        seconds = self.case.flows / GENTLE_RATE
+        # Twice, for those that were lost.
+        seconds = 2 * self.case.flows / GENTLE_RATE
         return {**self._packets("--rate", GENTLE_RATE, "--time", seconds, "--warm-up", 0), "kind": "memory"}
 
     def _open_to_sockets(self):
