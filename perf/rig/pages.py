@@ -122,8 +122,8 @@ def goals(reports):
             continue
         middle, low, high, pairs = found
         verdict = f"needs {goal.pairs} rounds to count" if pairs < goal.pairs else "met" if goal.is_met(low, high) else "not met"
-        lines.append(_cells(
-            goal.what, goal.figure, ours, theirs, limit, _number(middle), f"{_number(low)} to {_number(high)}", str(pairs), verdict))
+        interval = f"{_number(low)} to {_number(high)}" if pairs > 1 else ""
+        lines.append(_cells(goal.what, goal.figure, ours, theirs, limit, _number(middle), interval, str(pairs), verdict))
     return lines
 
 
@@ -179,7 +179,7 @@ def page(campaign):
         ("One TCP stream", "iperf3, both ends on CPU 0. The kernel passes segments of 64 KiB on whole; over AF_XDP each frame is of the MTU.",
          streams(reports)),
         ("Idle", "Three seconds without traffic; then fifty single packets, eight a second.", idle(reports)),
-        ("Memory", "10,000 Services with 100,000 endpoints, while a million connections begin.", memory(reports)),
+        ("Memory", "10,000 Services with 100,000 endpoints, and a million connections in a table with room for 1,048,576.", memory(reports)),
     ):
         if len(table) > 2:
             lines += [f"## {title}", "", *table, "", note, ""]
