@@ -144,8 +144,8 @@ def page(campaign):
         f"# Towpath beside other forwarders, {campaign['date']}",
         "",
         f"{first['machine']}, Linux {first['kernel']}, commit {first['commit']}; {campaign['rounds']} rounds of {campaign['seconds']:g} s, "
-        f"{campaign['minutes']:.0f} minutes, scenarios in turns, those without a goal in every third round; veth pairs between network "
-        "namespaces, the shortest UDP frames in 1,000 flows if not said otherwise, ten endpoints a Service. Medians over the rounds. "
+        f"{campaign['minutes']:.0f} minutes, scenarios in turns{', those without a goal in every third round' if campaign['seldom'] else ''}; "
+        "veth pairs between network namespaces, the shortest UDP frames in 1,000 flows if not said otherwise, ten endpoints a Service. Medians over the rounds. "
         "Every packet is checked: address, port, checksums, once only.",
         "",
         "Kernel forwarders (redirect, kernel, nftables, iptables) run on the sender's CPU; those in user space have a CPU of their own and "
@@ -183,7 +183,7 @@ def page(campaign):
     ):
         if len(table) > 2:
             lines += [f"## {title}", "", *table, "", note, ""]
-    lines += ["## Where Towpath loses", "", "Where the median of another is better, of all that was measured:", "", *losses(reports)]
+    lines += ["## Where Towpath loses", "", "Where the median of another is better, of all that was measured; latency is at half of each one's own rate.", "", *losses(reports)]
     for failure in campaign["failures"]:
         lines += ["", f"Failed: {failure}"]
     if campaign["skipped"]:
