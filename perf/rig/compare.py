@@ -1,64 +1,163 @@
 """A campaign: many scenarios in turns, and what their figures come to."""
 
+import dataclasses
 import math
 import statistics
+from collections.abc import Callable
 
-# Scenarios whose latency is measured too, at this rate.
-LATENCY_RATE = 100_000
+from measure import LATENCY_RATE
 
-BASE = ("towpath", "bypass", "testpmd", "macswap", "ovs", "kernel", "nftables", "iptables")
-BALANCING = ("towpath", "ovs", "nftables", "iptables")
-QUICK = (
-    [f"{system}/base" for system in BASE]
-    + [f"{system}/new" for system in BALANCING]
-    + [f"{system}/{load}" for load in ("1k-services", "1k-services-new") for system in ("towpath", "nftables", "iptables")]
-    + [f"{system}/{load}" for load in ("churn", "1500") for system in ("towpath", "nftables")]
-    + [f"{system}/v6" for system in ("towpath", "nftables")]
-)
-FULL = (
-    QUICK
-    + [f"{system}/{load}" for load in ("10k-services", "10k-services-new") for system in ("towpath", "nftables", "iptables")]
-    + [f"{system}/{load}" for load in ("512", "1500", "churn") for system in ("bypass", "testpmd")]
-    + [f"{system}/512" for system in ("towpath", "nftables", "iptables")]
-    + ["iptables/churn", "iptables/1500", "ovs/churn"]
-    + [f"{system}/v6-new" for system in ("towpath", "nftables")]
-)
+# Rounds that a goal needs, and those of scenarios that carry no goal.
+PAIRS, SELDOM_PAIRS = 15, 5
+
+
+def _each(load, *systems):
+    return [f"{system}/{load}" for system in systems]
+
+
+QUICK = [
+    *_each("base", "towpath", "bypass", "redirect", "veth", "testpmd", "ovs", "kernel", "nftables", "iptables"),
+    *_each("new", "towpath", "ovs", "nftables", "iptables"),
+    *_each("1k-services", "towpath", "nftables", "iptables"),
+    *_each("1k-services-new", "towpath", "nftables", "iptables"),
+    *_each("200k-flows", "towpath", "nftables"),
+    *_each("v6", "towpath", "nftables"),
+    *_each("replies", "towpath", "ovs", "nftables"),
+    *_each("tcp-connect", "towpath", "ovs", "nftables", "iptables"),
+    *_each("tcp-bulk", "towpath", "nftables"),
+    "towpath/two-queues",
+    "towpath-adaptive/idle",
+]
+# In every round: what goals are about.
+OFTEN = [
+    *_each("base", "towpath", "bypass", "veth", "testpmd", "ovs", "nftables"),
+    *_each("new", "towpath", "ovs", "nftables", "iptables"),
+    *_each("10k-services", "towpath", "nftables", "iptables"),
+    *_each("10k-services-new", "towpath", "nftables", "iptables"),
+    "towpath-adaptive/idle",
+]
+# In every third.
+SELDOM = [
+    *_each("base", "redirect", "macswap", "kernel", "iptables"),
+    *_each("1k-services", "towpath", "nftables", "iptables"),
+    *_each("1k-services-new", "towpath", "nftables", "iptables"),
+    *_each("1-flow", "towpath", "ovs", "nftables"),
+    *_each("100k-flows", "towpath", "ovs", "nftables"),
+    *_each("200k-flows", "towpath", "ovs", "nftables"),
+    *_each("churn", "towpath", "bypass", "ovs", "nftables", "iptables"),
+    *_each("512", "towpath", "testpmd", "nftables"),
+    *_each("1500", "towpath", "bypass", "testpmd", "ovs", "nftables"),
+    *_each("v6", "towpath", "bypass", "nftables", "iptables"),
+    *_each("v6-new", "towpath", "nftables", "iptables"),
+    *_each("replies", "towpath", "testpmd", "ovs", "kernel", "nftables", "iptables"),
+    *_each("tcp-connect", "towpath", "testpmd", "ovs", "kernel", "nftables", "iptables"),
+    *_each("tcp-bulk", "towpath", "testpmd", "ovs", "kernel", "nftables"),
+    *_each("two-queues", "towpath", "bypass"),
+    "towpath/idle",
+    "towpath/memory",
+]
 
 RATE, PER_CPU = "packets a second", "packets per busy CPU-second"
-# What is to be reached: what, scenario, beside, figure, at least this ratio.
+CONNECTIONS, CONNECTIONS_PER_CPU = "TCP connections a second", "TCP connections per busy CPU-second"
+STREAM = "Gbit/s in one TCP stream"
+
+# Each figure: of which kind of report, how it is read, and whether more is better.
+FIGURES = {
+    RATE: ("overload", lambda report: report["rate_received"], True),
+    PER_CPU: ("overload", lambda report: report["received"] / report["busy_cpu_s"], True),
+    CONNECTIONS: ("connect", lambda report: report["connections_per_s"], True),
+    CONNECTIONS_PER_CPU: ("connect", lambda report: report["connections"] / report["busy_cpu_s"], True),
+    "time of a TCP connection, p50, us": ("connect", lambda report: report["latency"]["p50_us"], False),
+    "time of a TCP connection, p99, us": ("connect", lambda report: report["latency"]["p99_us"], False),
+    STREAM: ("bulk", lambda report: report["gbit_per_s"], True),
+    "latency, p50, us": ("latency", lambda report: report["latency"]["p50_us"], False),
+    "latency, p99, us": ("latency", lambda report: report["latency"]["p99_us"], False),
+    "latency, p99.99, us": ("latency", lambda report: report["latency"]["p9999_us"], False),
+    "CPU without traffic, %": ("idle", lambda report: 100 * report["cpu_share"], False),
+    "slowest of 50 single packets, us": ("idle", lambda report: report["latency"]["max_us"], False),
+    "memory, MB": ("memory", lambda report: (report["memory_bytes"] - report["packet_memory_bytes"]) / 1e6, False),
+}
+
+
+def values(reports, scenario, name):
+    """A figure of a scenario, by round."""
+    kind, read, _ = FIGURES[name]
+    return {report["round"]: read(report) for report in reports if report["scenario"] == scenario and report["kind"] == kind}
+
+
+def median(reports, scenario, name):
+    """The median of a figure over the rounds; None: not measured."""
+    found = values(reports, scenario, name)
+    return statistics.median(found.values()) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """What is to be reached. Met only if that end of the 95 % interval meets it which is the worse one."""
+
+    what: str
+    figure: str
+    scenario: str
+    limit: float
+    # Measured beside this scenario, if any.
+    beside: str | None = None
+    # How both are put together.
+    joined: Callable[[float, float], float] | None = None
+    # Ratios multiply: their mean and interval are taken over the logarithms.
+    is_ratio: bool = False
+    pairs: int = PAIRS
+
+    @property
+    def is_least(self):
+        """The limit is the least that is to be reached, not the most that is allowed."""
+        return self.is_ratio
+
+    def measured(self, reports):
+        """Mean over the rounds, its 95 % interval after Student's t, and the number of rounds. None: not measured."""
+        ours = values(reports, self.scenario, self.figure)
+        if self.beside:
+            theirs = values(reports, self.beside, self.figure)
+            found = [self.joined(ours[turn], theirs[turn]) for turn in sorted(ours.keys() & theirs.keys()) if theirs[turn] > 0]
+        else:
+            found = list(ours.values())
+        if self.is_ratio:
+            found = [math.log(value) for value in found if value > 0]
+        if not found:
+            return None
+        middle = statistics.fmean(found)
+        spread = _student(len(found) - 1) * statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.inf
+        back = math.exp if self.is_ratio else float
+        return back(middle), back(middle - spread), back(middle + spread), len(found)
+
+    def is_met(self, low, high):
+        """True if the whole interval meets it."""
+        return low >= self.limit if self.is_least else high <= self.limit
+
+
+def _ratio(what, figure, scenario, beside, least):
+    return Goal(what, figure, scenario, least, beside, lambda our, their: our / their, is_ratio=True)
+
+
+def _beyond_veth(percentile, most):
+    return Goal(f"latency beyond that of a bare veth pair, {percentile}, us", f"latency, {percentile}, us", "towpath/base", most,
+                "veth/base", lambda our, their: our - their)
+
+
 GOALS = (
-    ("as its own rings without a pipeline, within 3 %", "towpath/base", "bypass/base", PER_CPU, 0.97),
-    ("as DPDK testpmd, which only forwards", "towpath/base", "testpmd/base", RATE, 1.0),
-    ("Open vSwitch's connection tracking and DNAT", "towpath/base", "ovs/base", RATE, 1.4),
-    ("every packet a new flow: Open vSwitch", "towpath/new", "ovs/new", RATE, 3.0),
-    ("every packet a new flow, 10,000 Services: nftables rules", "towpath/10k-services-new", "nftables/10k-services-new", RATE, 2.0),
-    ("every packet a new flow, 10,000 Services: iptables rules", "towpath/10k-services-new", "iptables/10k-services-new", RATE, 30.0),
+    _ratio("as fast as its own rings without a pipeline, within 3 %", PER_CPU, "towpath/base", "bypass/base", 0.97),
+    _ratio("as DPDK testpmd, which only forwards", RATE, "towpath/base", "testpmd/base", 1.0),
+    _ratio("as Open vSwitch's connection tracking and DNAT", RATE, "towpath/base", "ovs/base", 1.4),
+    _ratio("every packet a new flow: as Open vSwitch", RATE, "towpath/new", "ovs/new", 3.0),
+    _ratio("the same with 10,000 Services: as nftables rules", RATE, "towpath/10k-services-new", "nftables/10k-services-new", 2.0),
+    _ratio("the same with 10,000 Services: as iptables rules", RATE, "towpath/10k-services-new", "iptables/10k-services-new", 30.0),
+    _beyond_veth("p50", 10),
+    _beyond_veth("p99", 25),
+    _beyond_veth("p99.99", 250),
+    Goal("idle with adaptive polling: CPU, %", "CPU without traffic, %", "towpath-adaptive/idle", 3),
+    Goal("idle with adaptive polling: slowest of 50 single packets, us", "slowest of 50 single packets, us", "towpath-adaptive/idle", 1000),
+    Goal("a million connections, 10,000 Services with 100,000 endpoints, without packet memory, MB", "memory, MB", "towpath/memory", 250,
+         pairs=SELDOM_PAIRS),
 )
-# A goal counts as met only if the lower end of the 95 % interval over so many pairs meets it.
-PAIRS = 15
-
-
-def figure(report, name):
-    """Packets a second, or packets per busy CPU-second of the whole machine."""
-    return report["rate_received"] if name == RATE else report["received"] / report["busy_cpu_s"]
-
-
-def overload(reports, scenario):
-    """The reports of a scenario under overload, by round."""
-    return {report["round"]: report for report in reports if report["scenario"] == scenario and report["rate_asked"] > LATENCY_RATE}
-
-
-def ratio(reports, scenario, beside, name):
-    """Mean of the ratio of a figure over rounds, its 95 % interval, and the number of rounds. Both are taken over the logarithms,
-    since ratios multiply; the interval is that of Student's t. None: not measured, or nothing came through."""
-    ours, theirs = overload(reports, scenario), overload(reports, beside)
-    pairs = [(figure(ours[turn], name), figure(theirs[turn], name)) for turn in sorted(ours.keys() & theirs.keys())]
-    logs = [math.log(our / their) for our, their in pairs if our > 0 and their > 0]
-    if not logs:
-        return None
-    middle = statistics.fmean(logs)
-    spread = _student(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
-    return math.exp(middle), math.exp(middle - spread), math.exp(middle + spread), len(logs)
 
 
 def _student(freedom):
@@ -70,11 +169,45 @@ def _student(freedom):
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
-def spread(values):
+def spread(found):
     """Median, least, most."""
-    return statistics.median(values), min(values), max(values)
+    return statistics.median(found), min(found), max(found)
 
 
 def scenarios(reports):
     """The scenarios, in the order of their first report."""
     return list(dict.fromkeys(report["scenario"] for report in reports))
+
+
+def losses(reports):
+    """Where the median of another system is better than Towpath's: load, figure, Towpath's median, the other's, its name. Best
+    first; a bare veth pair is no forwarder."""
+    found = []
+    measured = scenarios(reports)
+    for load in dict.fromkeys(scenario.partition("/")[2] for scenario in measured):
+        for name, (_, _, is_more_better) in FIGURES.items():
+            ours = median(reports, f"towpath/{load}", name)
+            if ours is None:
+                continue
+            peers = [
+                (median(reports, scenario, name), scenario.partition("/")[0]) for scenario in measured
+                if scenario.endswith(f"/{load}") and not scenario.startswith(("towpath", "veth"))
+            ]
+            better = [peer for peer in peers if peer[0] is not None and (peer[0] > ours) == is_more_better and peer[0] != ours]
+            found += [(load, name, ours, *peer) for peer in sorted(better, reverse=is_more_better)]
+    return found
+
+
+def zero_loss(searches):
+    """System to the median of its rates without loss and with 0.5 % of loss, and the least and the most without loss."""
+    return {
+        system: (*spread([search["ndr_pps"] for search in searches if search["system"] == system]),
+                 statistics.median(search["pdr_pps"] for search in searches if search["system"] == system))
+        for system in dict.fromkeys(search["system"] for search in searches)
+    }
+
+
+def latency_rate(searches, system):
+    """Half of the rate that the system carries without loss. A bare veth pair is given Towpath's, to compare with."""
+    found = zero_loss(searches).get("towpath" if system == "veth" else system)
+    return round(found[0] / 2) if found and found[0] > 0 else LATENCY_RATE

@@ -1,7 +1,7 @@
 """The same Services for every forwarder: Service 0 is the one that is measured, the others are there.
 
-Each has ten endpoints in the pod range and one UDP port, 80. Service 0 has a LoadBalancer address besides its ClusterIP and
-externalTrafficPolicy Local, so that nothing is masqueraded.
+Each has ten endpoints in the pod range and one UDP port, 80. Service 0 has the same port for TCP too, and a LoadBalancer
+address besides its ClusterIP with externalTrafficPolicy Local, so that nothing is masqueraded.
 """
 
 import ipaddress
@@ -30,6 +30,10 @@ def addresses(service, family):
     return [VIPS[family], cluster_ip(service, family)] if service == 0 else [cluster_ip(service, family)]
 
 
+def _protocols(service):
+    return ("udp", "tcp") if service == 0 else ("udp",)
+
+
 def manifest(services):
     """Kubernetes objects as JSON, a List."""
     node = {
@@ -47,12 +51,16 @@ def of_service(index):
     spec = {
         "clusterIP": cluster_ip(index, 4), "clusterIPs": [cluster_ip(index, 4), cluster_ip(index, 6)],
         "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack",
-        "ports": [{"name": "web", "protocol": "UDP", "port": PORT, "targetPort": TARGET_PORT}],
+        "ports": [
+            {"name": protocol, "protocol": protocol.upper(), "port": PORT, "targetPort": TARGET_PORT}
+            for protocol in _protocols(index)
+        ],
     }
     service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "perf"}, "spec": spec}
     if index == 0:
         spec.update(type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=32000)
-        spec["ports"][0]["nodePort"] = 30080
+        for port in spec["ports"]:
+            port["nodePort"] = 30080
         service["status"] = {"loadBalancer": {"ingress": [{"ip": VIPS[4]}, {"ip": VIPS[6]}]}}
     yield service
     for family in (4, 6):
@@ -61,7 +69,7 @@ def of_service(index):
             "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
             "metadata": {"name": f"{name}-{family}", "namespace": "perf", "labels": {"kubernetes.io/service-name": name}},
             "addressType": f"IPv{family}",
-            "ports": [{"name": "web", "protocol": "UDP", "port": TARGET_PORT}],
+            "ports": [{"name": protocol, "protocol": protocol.upper(), "port": TARGET_PORT} for protocol in _protocols(index)],
             "endpoints": [
                 {"addresses": [addr], "nodeName": "node-1", "conditions": ready} for addr in endpoints(index, family)
             ],
@@ -74,19 +82,20 @@ def nftables(services, family):
     table, addr, saddr = ("ip", "ipv4_addr", "ip saddr") if family == 4 else ("ip6", "ipv6_addr", "ip6 saddr")
     daddr = saddr.replace("saddr", "daddr")
     lines = [f"table {table} kube {{"]
+    ports = [(index, protocol) for index in range(services) for protocol in _protocols(index)]
     elements = [
-        f"{vip} . udp . {PORT} : goto svc-{index}" for index in range(services) for vip in addresses(index, family)
+        f"{vip} . {protocol} . {PORT} : goto svc-{index}-{protocol}" for index, protocol in ports for vip in addresses(index, family)
     ]
     lines.append(f" map services {{ type {addr} . inet_proto . inet_service : verdict; elements = {{ {', '.join(elements)} }} }}")
-    for index in range(services):
+    for index, protocol in ports:
         for at, endpoint in enumerate(endpoints(index, family)):
             target = f"{endpoint}:{TARGET_PORT}" if family == 4 else f"[{endpoint}]:{TARGET_PORT}"
             lines.append(
-                f" chain ep-{index}-{at} {{ {saddr} {endpoint} meta mark set meta mark or 0x4000\n"
-                f"  meta l4proto udp dnat to {target}\n }}"
+                f" chain ep-{index}-{protocol}-{at} {{ {saddr} {endpoint} meta mark set meta mark or 0x4000\n"
+                f"  meta l4proto {protocol} dnat to {target}\n }}"
             )
-        choice = ", ".join(f"{at} : goto ep-{index}-{at}" for at in range(ENDPOINTS))
-        lines.append(f" chain svc-{index} {{ numgen random mod {ENDPOINTS} vmap {{ {choice} }}\n }}")
+        choice = ", ".join(f"{at} : goto ep-{index}-{protocol}-{at}" for at in range(ENDPOINTS))
+        lines.append(f" chain svc-{index}-{protocol} {{ numgen random mod {ENDPOINTS} vmap {{ {choice} }}\n }}")
     lines.append(
         f" chain prerouting {{ type nat hook prerouting priority dstnat\n"
         f"  {daddr} . meta l4proto . th dport vmap @services\n }}\n"
@@ -107,14 +116,16 @@ def iptables(services, family):
     # A Service may be anywhere in the list: the measured one is in the middle.
     half = services // 2 + 1
     for index in (*range(1, half), 0, *range(half, services)):
-        chains.append(f":KUBE-SVC-{index} - [0:0]")
-        for vip in addresses(index, family):
-            rules.append(f"-A KUBE-SERVICES -d {vip} -p udp -m udp --dport {PORT} -j KUBE-SVC-{index}")
-        for at, endpoint in enumerate(endpoints(index, family)):
-            chains.append(f":KUBE-SEP-{index}-{at} - [0:0]")
-            share = f" -m statistic --mode random --probability {1 / (ENDPOINTS - at):.10f}" if at < ENDPOINTS - 1 else ""
-            rules.append(f"-A KUBE-SVC-{index}{share} -j KUBE-SEP-{index}-{at}")
-            rules.append(f"-A KUBE-SEP-{index}-{at} -s {endpoint} -j KUBE-MARK-MASQ")
-            target = f"{endpoint}:{TARGET_PORT}" if family == 4 else f"[{endpoint}]:{TARGET_PORT}"
-            rules.append(f"-A KUBE-SEP-{index}-{at} -p udp -m udp -j DNAT --to-destination {target}")
+        for protocol in _protocols(index):
+            name = f"{index}-{protocol}"
+            chains.append(f":KUBE-SVC-{name} - [0:0]")
+            for vip in addresses(index, family):
+                rules.append(f"-A KUBE-SERVICES -d {vip} -p {protocol} -m {protocol} --dport {PORT} -j KUBE-SVC-{name}")
+            for at, endpoint in enumerate(endpoints(index, family)):
+                chains.append(f":KUBE-SEP-{name}-{at} - [0:0]")
+                share = f" -m statistic --mode random --probability {1 / (ENDPOINTS - at):.10f}" if at < ENDPOINTS - 1 else ""
+                rules.append(f"-A KUBE-SVC-{name}{share} -j KUBE-SEP-{name}-{at}")
+                rules.append(f"-A KUBE-SEP-{name}-{at} -s {endpoint} -j KUBE-MARK-MASQ")
+                target = f"{endpoint}:{TARGET_PORT}" if family == 4 else f"[{endpoint}]:{TARGET_PORT}"
+                rules.append(f"-A KUBE-SEP-{name}-{at} -p {protocol} -m {protocol} -j DNAT --to-destination {target}")
     return "\n".join(["*nat", *chains, *rules, "COMMIT"]) + "\n"

@@ -4,32 +4,44 @@ import dataclasses
 import shutil
 
 import objects
-from network import POD_CIDRS, Failure
+from network import NODES, POD_CIDRS, Failure
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What is measured: the load, and what is configured."""
 
+    # What is sent: packets, packets that come back, TCP connections, a TCP stream, or nothing for a while.
+    kind: str = "packets"
     family: int = 4
     services: int = 1
+    queues: int = 1
     flows: int = 1000
     # Flows a second that are new; None: every packet is.
     new_flows: float | None = 0.0
     # Bytes a frame; None: the least.
     size: int | None = None
+    # Flows that Towpath has room for.
+    room: int = 1 << 20
 
-    def traffic(self, translated):
-        """Arguments of towpath-perf. `translated`: through the Service; otherwise straight to the far side."""
-        source = {4: "10.1.1.0-10.1.1.255", 6: "fd00:1::1:0-fd00:1::1:ff"}[self.family]
+    def setup(self):
+        """Cases of which this is the same can take turns on one rig. Those whose set-up is quick do not."""
+        return (self.family, self.services, self.queues, self.room) if self.services > 1 else self
+
+    def targets(self, translated):
+        """Where to send, and where that must arrive. `translated`: through the Service; otherwise straight to the far side."""
         if translated:
             pods = objects.endpoints(0, self.family)
             to = _target(objects.VIPS[self.family], objects.PORT)
-            expected = _target(f"{pods[0]}-{pods[-1]}", objects.TARGET_PORT)
-        else:
-            to = expected = _target({4: "10.2.0.2", 6: "fd00:2::2"}[self.family], 9)
-        arguments = ["--src", source, "--dst", to, "--expect", expected, "--flows", str(self.flows)]
-        return arguments + (["--size", str(self.size)] if self.size else [])
+            return ["--dst", to, "--expect", _target(f"{pods[0]}-{pods[-1]}", objects.TARGET_PORT)]
+        to = _target(dict(zip((4, 6), NODES))[self.family], objects.TARGET_PORT)
+        return ["--dst", to, "--expect", to]
+
+    def traffic(self, translated):
+        """Arguments of towpath-perf for packets."""
+        source = {4: "10.1.1.0-10.1.1.255", 6: "fd00:1::1:0-fd00:1::1:ff"}[self.family]
+        arguments = ["--src", source, *self.targets(translated), "--flows", self.flows, "--queues", self.queues]
+        return arguments + (["--replies"] if self.kind == "replies" else []) + (["--size", self.size] if self.size else [])
 
 
 def _target(addr, port):
@@ -44,6 +56,17 @@ class System:
     # Programs that it needs; `scripts/setup --perf` installs them.
     needs = ()
     families = (4, 6)
+    # What a case may send (see Case), and over how many queues.
+    kinds = ("packets", "replies")
+    queues = 1
+    # Frames come out as they went in, Ethernet addresses included.
+    is_transparent = False
+    # There is no gateway at all.
+    is_direct = False
+    # Nothing but rules in the kernel, which rest while no packet comes.
+    is_rules = False
+    # Real sockets may leave checksums and segments to the interface: they are taken care of on the way.
+    offloads = True
 
     def __init__(self, binaries):
         self.binaries = binaries
@@ -63,7 +86,7 @@ class System:
 
 
 class Towpath(System):
-    """towpathd: a LoadBalancer Service of ten endpoints, with one worker on CPU 1."""
+    """towpathd: a LoadBalancer Service of ten endpoints, with one worker on CPU 1, or two on both."""
 
     CONFIG = """
 [gateway]
@@ -75,7 +98,7 @@ return = "routed"
 socket = "{folder}/control.sock"
 state_dir = "{folder}/state"
 [workers]
-cpus = [1]
+cpus = {cpus}
 poll = "{poll}"
 [flows]
 capacity = {capacity}
@@ -92,13 +115,14 @@ interface = "g1"
 role = "inside"
 """
     poll = "busy"
+    kinds = ("packets", "replies", "connect", "bulk", "idle", "memory")
+    queues = 2
 
     def start(self, rig, case):
         config = rig.folder / "gateway.toml"
-        # New flows find room for as long as a measurement takes: without it they would go on without an entry.
-        capacity = 1 << (22 if case.new_flows is None else 20)
         config.write_text(self.CONFIG.format(
-            pods_v4=POD_CIDRS[0], pods_v6=POD_CIDRS[1], folder=rig.folder, poll=self.poll, capacity=capacity))
+            pods_v4=POD_CIDRS[0], pods_v6=POD_CIDRS[1], folder=rig.folder, poll=self.poll, capacity=case.room,
+            cpus=[1, 0][:case.queues]))
         daemon = rig.start(self.binaries / "towpathd", "--config", config, log="towpathd.log")
         rig.wait_for("towpathd to listen", (rig.folder / "control.sock").exists, daemon)
         (rig.folder / "objects.json").write_text(objects.manifest(case.services))
@@ -122,20 +146,51 @@ class Bypass(System):
     """Towpath's rings without its pipeline: the least possible AF_XDP forwarder. It touches no packet."""
 
     translates = False
+    is_transparent = True
+    queues = 2
 
     def start(self, rig, case):
-        gateway = rig.namespace("gw")
-        process = rig.start(
-            self.binaries / "towpath-perf", "bypass", "--left", f"{gateway}/g0", "--right", f"{gateway}/g1", "--cpu", 1,
-            log="bypass.log",
-        )
-        rig.wait_for("the bypass to be ready", rig.log_has("bypass.log", "ready"), process)
+        cpus = [word for cpu in (1, 0)[:case.queues] for word in ("--cpu", cpu)]
+        _forward(rig, self.binaries, "bypass", *cpus)
+
+
+class Redirect(System):
+    """XDP_REDIRECT in the kernel, the ceiling. It touches no packet."""
+
+    translates = False
+    is_transparent = True
+
+    def start(self, rig, case):
+        _forward(rig, self.binaries, "redirect")
+
+
+def _forward(rig, binaries, command, *words):
+    """A forwarder of towpath-perf."""
+    gateway = rig.namespace("gw")
+    process = rig.start(
+        binaries / "towpath-perf", command, "--left", f"{gateway}/g0", "--right", f"{gateway}/g1", *words, log="forward.log")
+    rig.wait_for(f"the {command} to be ready", rig.log_has("forward.log", "ready"), process)
+
+
+class Veth(System):
+    """No forwarder: one veth pair between both ends. What the ends themselves take."""
+
+    translates = False
+    is_transparent = True
+    is_direct = True
+    kinds = ("packets", "replies", "connect", "bulk")
+
+    def start(self, rig, case):
+        pass
 
 
 class Testpmd(System):
     """DPDK testpmd, io forwarding over net_af_xdp. It touches no packet."""
 
     translates = False
+    is_transparent = True
+    offloads = False
+    kinds = ("packets", "replies", "connect", "bulk")
     needs = ("dpdk-testpmd",)
     mode = "io"
 
@@ -152,6 +207,8 @@ class Testpmd(System):
 class TestpmdMacswap(Testpmd):
     """DPDK testpmd that swaps the Ethernet addresses."""
 
+    kinds = ("packets", "replies")
+
     mode = "macswap"
 
 
@@ -159,6 +216,7 @@ class Kernel(System):
     """Linux forwarding, no NAT, on the sender's CPU."""
 
     translates = False
+    kinds = ("packets", "replies", "connect", "bulk")
 
     def start(self, rig, case):
         rig.know_neighbors()
@@ -166,7 +224,7 @@ class Kernel(System):
 
 def _forget_soon(rig, case):
     """Lets entries of one-way UDP live for a second where every packet makes one: a table that is full would be measured else."""
-    if case.new_flows is None:
+    if case.room > Case.room:
         rig.inside("gw", "sysctl", "-qw", "net.netfilter.nf_conntrack_udp_timeout=1")
 
 
@@ -174,6 +232,8 @@ class Nftables(System):
     """Rules as kube-proxy writes them for nftables, loaded with nft, on the sender's CPU."""
 
     needs = ("nft",)
+    is_rules = True
+    kinds = ("packets", "replies", "connect", "bulk")
 
     def start(self, rig, case):
         rig.know_neighbors()
@@ -185,6 +245,8 @@ class Iptables(System):
     """Rules as kube-proxy writes them for iptables (the legacy kind), on the sender's CPU."""
 
     needs = ("iptables-legacy-restore", "ip6tables-legacy-restore")
+    is_rules = True
+    kinds = ("packets", "replies", "connect", "bulk")
 
     def start(self, rig, case):
         rig.know_neighbors()
@@ -199,6 +261,8 @@ class OpenVSwitch(System):
 
     needs = ("ovs-vswitchd", "ovsdb-server")
     families = (4,)
+    kinds = ("packets", "replies", "connect", "bulk")
+    offloads = False
 
     def start(self, rig, case):
         folder, environment = rig.folder / "ovs", {"OVS_RUNDIR": str(rig.folder / "ovs"), "OVS_LOGDIR": str(rig.folder / "ovs"),
@@ -238,7 +302,8 @@ class OpenVSwitch(System):
         return "\n".join([
             "table=0,priority=10,ip,ct_state=-trk,actions=ct(zone=1,nat,table=1)",
             "table=0,priority=1,actions=drop",
-            f"table=1,priority=20,in_port=1,udp,ct_state=+new+trk,nw_dst={vip},tp_dst={objects.PORT},actions={translate},{send}",
+            *(f"table=1,priority=20,in_port=1,{protocol},ct_state=+new+trk,nw_dst={vip},tp_dst={objects.PORT},actions={translate},{send}"
+              for protocol in ("udp", "tcp")),
             # A connection is new until it is answered; the packets after its first come here translated already.
             f"table=1,priority=20,in_port=1,ip,ct_state=+trk,nw_dst={POD_CIDRS[0]},actions={send}",
             f"table=1,priority=20,in_port=2,ip,ct_state=+est+trk,actions={back}",
@@ -250,6 +315,8 @@ SYSTEMS = {
     "towpath": Towpath,
     "towpath-adaptive": TowpathAdaptive,
     "bypass": Bypass,
+    "redirect": Redirect,
+    "veth": Veth,
     "testpmd": Testpmd,
     "macswap": TestpmdMacswap,
     "ovs": OpenVSwitch,

@@ -60,12 +60,16 @@ impl Flows {
         ETHERNET_LEN + if is_v4 { 20 } else { 40 } + UDP_LEN + STAMP_LEN
     }
 
-    /// A packet of flow `id`, without a stamp. Ports go through 1024 to 65535 once all source addresses were used.
-    pub fn template(&self, id: u32) -> Vec<u8> {
+    /// Where flow `id` comes from. Ports go through 1024 to 65535 once all source addresses were used.
+    pub fn client(&self, id: u32) -> (IpAddr, u16) {
         let id = u64::from(id);
-        let hosts = self.src.len();
-        let (src, dst) = (self.src.get(id), self.dst.addrs.get(id));
-        let src_port = 1024 + ((id / hosts) % 64512) as u16;
+        (self.src.get(id), 1024 + ((id / self.src.len()) % 64512) as u16)
+    }
+
+    /// A packet of flow `id`, without a stamp.
+    pub fn template(&self, id: u32) -> Vec<u8> {
+        let (src, src_port) = self.client(id);
+        let dst = self.dst.addrs.get(id.into());
         let mut packet = Vec::with_capacity(self.frame_len);
         packet.extend_from_slice(&self.dst_mac);
         packet.extend_from_slice(&self.src_mac);
@@ -176,8 +180,10 @@ pub struct Seen {
     pub sequence: u32,
     /// When it should have been sent.
     pub intended_ns: u64,
+    /// Where it says it comes from.
+    pub from: (IpAddr, u16),
     /// Where it arrived.
-    pub endpoint: (IpAddr, u16),
+    pub to: (IpAddr, u16),
     /// All checksums are right.
     pub intact: bool,
 }
@@ -196,11 +202,14 @@ impl Seen {
             _ => return None,
         };
         let is_v4 = addrs == 26;
-        let dst: IpAddr = if is_v4 {
-            <[u8; 4]>::try_from(&packet[30..34]).expect("4 bytes").into()
-        } else {
-            <[u8; 16]>::try_from(&packet[38..54]).expect("16 bytes").into()
+        let addr_at = |at: usize| -> IpAddr {
+            if is_v4 {
+                <[u8; 4]>::try_from(&packet[at..at + 4]).expect("4 bytes").into()
+            } else {
+                <[u8; 16]>::try_from(&packet[at..at + 16]).expect("16 bytes").into()
+            }
         };
+        let port_at = |at: usize| u16::from_be_bytes([datagram[at], datagram[at + 1]]);
         let pseudo = sum(&packet[addrs..addrs + if is_v4 { 8 } else { 32 }], 17 + udp_len as u64);
         let intact =
             fold(sum(datagram, pseudo)) == 0xffff && (!is_v4 || fold(sum(&packet[14..udp], 0)) == 0xffff);
@@ -209,9 +218,20 @@ impl Seen {
             flow: u32_at(2),
             sequence: u32_at(6),
             intended_ns: u64::from(u32_at(10)) << 32 | u64::from(u32_at(14)),
-            endpoint: (dst, u16::from_be_bytes([datagram[2], datagram[3]])),
+            from: (addr_at(addrs), port_at(0)),
+            to: (addr_at(addrs + if is_v4 { 4 } else { 16 }), port_at(2)),
             intact,
         })
+    }
+}
+
+/// Makes a packet its own answer: source and destination change places on every layer, which no checksum notices.
+pub fn turn_back(packet: &mut [u8]) {
+    let Some((addrs, udp)) = layers(packet) else { return };
+    let addr_len = if addrs == 26 { 4 } else { 16 };
+    for (at, len) in [(0, 6), (addrs, addr_len), (udp, 2)] {
+        let (first, second) = packet[at..at + 2 * len].split_at_mut(len);
+        first.swap_with_slice(second);
     }
 }
 
@@ -247,7 +267,11 @@ mod tests {
                     let seen = Seen::read(&packet).unwrap();
                     assert_eq!((seen.flow, seen.sequence, seen.intact), (id, sequence, true));
                     assert_eq!(seen.intended_ns, 0x0123_4567_89ab_cdef + u64::from(id));
-                    assert_eq!(seen.endpoint, (flows.dst.addrs.get(0), 80));
+                    assert_eq!((seen.from, seen.to), (flows.client(id), (flows.dst.addrs.get(0), 80)));
+                    turn_back(&mut packet);
+                    let back = Seen { from: seen.to, to: seen.from, ..seen };
+                    assert_eq!(Seen::read(&packet), Some(back));
+                    turn_back(&mut packet);
                 }
                 let parsed = etherparse::SlicedPacket::from_ethernet(&packet).unwrap();
                 let Some(etherparse::TransportSlice::Udp(udp)) = parsed.transport else { panic!("UDP") };

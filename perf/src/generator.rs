@@ -1,9 +1,10 @@
 //! Sends at a constant rate, whatever comes back.
 
-use af_xdp::{Burst, FramePool, Kick, Socket};
+use af_xdp::{Burst, Kick};
 
 use crate::clock::now_ns;
 use crate::flow::{Flow, Flows, Kind};
+use crate::place::Port;
 
 const BURST: usize = 64;
 
@@ -39,13 +40,12 @@ pub struct Sent {
     pub to_ns: u64,
 }
 
-/// Sends a [`Load`], a burst at a time.
+/// Sends a [`Load`], a burst at a time. Flows take turns over the ports.
 pub struct Generator {
-    socket: Socket,
-    pool: FramePool,
     load: Load,
     flows: Vec<Flow>,
-    burst: Burst,
+    /// What each port is to send.
+    bursts: Vec<Burst>,
     /// What is left to do, the current one first.
     phases: Vec<(Kind, f64)>,
     /// Of the current phase: when it began, and how many packets and new flows it has had.
@@ -56,15 +56,13 @@ pub struct Generator {
 }
 
 impl Generator {
-    /// A generator whose first packet is due now.
-    pub fn new(socket: Socket, pool: FramePool, load: Load) -> Generator {
+    /// A generator over so many ports, whose first packet is due now.
+    pub fn new(ports: usize, load: Load) -> Generator {
         let flows: Vec<Flow> = (0..load.concurrent).map(|id| Flow::new(&load.flows, id)).collect();
         let mut generator = Generator {
-            socket,
-            pool,
             sent: Sent { flows: flows.len() as u64, ..Sent::default() },
             flows,
-            burst: Burst::with_capacity(BURST),
+            bursts: (0..ports).map(|_| Burst::with_capacity(BURST)).collect(),
             phases: vec![(Kind::WarmUp, load.warm_up_s), (Kind::Measured, load.time_s)],
             start_ns: 0,
             next: 0,
@@ -86,26 +84,31 @@ impl Generator {
         self.start_ns + (number as f64 * 1e9 / self.load.rate) as u64
     }
 
-    /// Sends what is due, at most a burst. False once everything is sent.
-    pub fn step(&mut self) -> bool {
+    /// Sends what is due, at most a burst a port. False once everything is sent.
+    pub fn step(&mut self, ports: &mut [Port]) -> bool {
         let Some(&(kind, time_s)) = self.phases.first() else { return false };
         let total = (self.load.rate * time_s) as u64;
         let now = now_ns();
         // What could not be sent in time is not made up for later: the report says that fewer were sent.
         let is_over = (now - self.start_ns) as f64 > time_s * 1e9;
-        if (self.next == total || is_over) && self.burst.is_empty() {
-            return self.end_phase(kind);
+        if (self.next == total || is_over) && self.bursts.iter().all(Burst::is_empty) {
+            return self.end_phase(kind, ports);
         }
         let total = if is_over { self.next } else { total };
-        let due = (((now - self.start_ns) as f64 * self.load.rate / 1e9) as u64).min(total);
+        // The first packet is due at the start, not an interval later.
+        let due = (((now - self.start_ns) as f64 * self.load.rate / 1e9) as u64 + 1).min(total);
         if self.next < due && kind == Kind::Measured {
             self.sent.late_max_ns =
                 self.sent.late_max_ns.max(now.saturating_sub(self.intended_ns(self.next)));
         }
-        while self.next < due && self.burst.len() < BURST {
-            let Some(mut frame) = self.pool.pop() else { break };
-            let intended_ns = self.intended_ns(self.next);
+        while self.next < due {
             let at = (self.next % u64::from(self.load.concurrent)) as usize;
+            let port = at % ports.len();
+            if self.bursts[port].len() == BURST {
+                break;
+            }
+            let Some(mut frame) = ports[port].pool.pop() else { break };
+            let intended_ns = self.intended_ns(self.next);
             let wanted = (self.load.new_flows * (intended_ns - self.start_ns) as f64 / 1e9) as u64;
             if self.renewed < wanted {
                 self.flows[at] = Flow::new(&self.load.flows, self.sent.flows as u32);
@@ -115,14 +118,16 @@ impl Generator {
             let flow = &mut self.flows[at];
             frame.set_len(flow.frame_len()).expect("the length was checked at the start");
             flow.next(kind, intended_ns, frame.data_mut());
-            self.burst.push(frame);
+            self.bursts[port].push(frame);
             self.next += 1;
         }
-        if !self.burst.is_empty() {
-            self.socket.transmit(&mut self.pool, &mut self.burst);
+        for (Port { socket, pool }, burst) in ports.iter_mut().zip(&mut self.bursts) {
+            if !burst.is_empty() {
+                socket.transmit(pool, burst);
+            }
+            socket.kick();
+            socket.complete(pool);
         }
-        self.socket.kick();
-        self.socket.complete(&mut self.pool);
         true
     }
 
@@ -131,13 +136,15 @@ impl Generator {
         if matches!(self.phases.first(), Some((Kind::Measured, _))) { self.next } else { 0 }
     }
 
-    fn end_phase(&mut self, kind: Kind) -> bool {
-        // Nothing is left on the ring; an interface that went down does not keep us for ever.
-        for _ in 0..1000 {
-            if self.socket.kick() != Kick::Left {
-                break;
+    fn end_phase(&mut self, kind: Kind, ports: &mut [Port]) -> bool {
+        // Nothing is left on the rings; an interface that went down does not keep us for ever.
+        for Port { socket, pool } in ports {
+            for _ in 0..1000 {
+                if socket.kick() != Kick::Left {
+                    break;
+                }
+                socket.complete(pool);
             }
-            self.socket.complete(&mut self.pool);
         }
         if kind == Kind::Measured {
             self.sent.packets = self.next;

@@ -7,6 +7,7 @@
 
 mod bypass;
 mod clock;
+mod connect;
 mod flow;
 mod generator;
 mod place;
@@ -35,6 +36,10 @@ enum Command {
     Run(run::RunArguments),
     /// Forwards between two interfaces by Towpath's rings and nothing else: what the least possible forwarder would carry.
     Bypass(bypass::BypassArguments),
+    /// Forwards between two interfaces by XDP in the kernel: the ceiling.
+    Redirect(bypass::RedirectArguments),
+    /// Opens and closes TCP connections, and reports. Exit code 2 if some failed.
+    Connect(connect::ConnectArguments),
     /// Finds the highest rate without loss (NDR) and with at most 0.5 % loss (PDR) by bisection.
     Search(search::SearchArguments),
     /// Changes a Service under load, and tells how soon each change is in force. Exit code 2 if packets were lost.
@@ -45,6 +50,8 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Bypass(arguments) => bypass::bypass(&arguments),
+        Command::Redirect(arguments) => bypass::redirect(&arguments),
+        Command::Connect(arguments) => connect::connect(&arguments),
         Command::Search(arguments) => search::search(&arguments),
         Command::Updates(arguments) => updates::updates(&arguments),
     };

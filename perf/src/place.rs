@@ -5,7 +5,7 @@ use std::net::UdpSocket;
 use std::os::fd::AsFd;
 use std::str::FromStr;
 
-use af_xdp::redirect::UdpRedirect;
+use af_xdp::redirect::{UdpForward, UdpRedirect};
 use af_xdp::{FramePool, Socket, SocketConfig, Umem};
 use anyhow::{Context, bail};
 use rustix::net::netdevice::name_to_index;
@@ -17,6 +17,14 @@ pub struct Place {
     namespace: Option<String>,
     /// The interface.
     pub interface: String,
+}
+
+/// A queue of an interface, and the frames for it.
+pub struct Port {
+    /// Receives and sends.
+    pub socket: Socket,
+    /// The frames that are not on a ring.
+    pub pool: FramePool,
 }
 
 impl FromStr for Place {
@@ -60,8 +68,12 @@ impl Place {
         parse_mac(mac.with_context(|| format!("interface {} has no Ethernet address", self.interface))?)
     }
 
-    /// Opens queue 0 with a UMEM of its own.
-    pub fn open(&self) -> anyhow::Result<(Socket, FramePool)> {
+    /// Opens the first `queues` queues, each with a UMEM of its own.
+    pub fn open(&self, queues: u32) -> anyhow::Result<Vec<Port>> {
+        (0..queues).map(|queue| self.open_queue(queue)).collect()
+    }
+
+    fn open_queue(&self, queue: u32) -> anyhow::Result<Port> {
         let config = SocketConfig {
             tx_len: 4096,
             completion_len: 4096,
@@ -69,16 +81,24 @@ impl Place {
             ..SocketConfig::default()
         };
         let mut pool = Umem::anonymous(config.chunks(), 2048).take_frames().expect("just made");
-        let socket = Socket::open(&self.interface, 0, 0, &mut pool, &config)?;
-        Ok((socket, pool))
+        let socket = Socket::open(&self.interface, queue, 0, &mut pool, &config)?;
+        Ok(Port { socket, pool })
     }
 
-    /// From here on UDP packets of the interface go to `socket`.
-    pub fn redirect(&self, socket: &Socket) -> anyhow::Result<UdpRedirect> {
+    /// From here on UDP packets of the interface go to the sockets, one for each queue.
+    pub fn redirect<'a>(&self, sockets: impl IntoIterator<Item = &'a Socket>) -> anyhow::Result<UdpRedirect> {
         let program = UdpRedirect::attach(self.index()?)
             .with_context(|| format!("attach an XDP program to {} (another one there?)", self.interface))?;
-        program.set_socket(0, socket)?;
+        for (queue, socket) in (0..).zip(sockets) {
+            program.set_socket(queue, socket)?;
+        }
         Ok(program)
+    }
+
+    /// From here on UDP packets of the interface leave by `other`, which is in the same namespace.
+    pub fn forward(&self, other: &Place) -> anyhow::Result<UdpForward> {
+        UdpForward::attach(self.index()?, other.index()?)
+            .with_context(|| format!("attach an XDP program to {} (another one there?)", self.interface))
     }
 }
 

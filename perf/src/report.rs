@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use crate::generator::Sent;
@@ -24,6 +25,22 @@ pub struct Latency {
     pub p9999_us: f64,
     /// Most.
     pub max_us: f64,
+}
+
+impl Latency {
+    /// The percentiles of nanoseconds.
+    pub fn of(latency_ns: &Histogram<u64>) -> Latency {
+        let percentile = |q: f64| latency_ns.value_at_quantile(q) as f64 / 1e3;
+        Latency {
+            min_us: latency_ns.min() as f64 / 1e3,
+            p50_us: percentile(0.5),
+            p90_us: percentile(0.9),
+            p99_us: percentile(0.99),
+            p999_us: percentile(0.999),
+            p9999_us: percentile(0.9999),
+            max_us: latency_ns.max() as f64 / 1e3,
+        }
+    }
 }
 
 /// What one run has shown.
@@ -75,6 +92,21 @@ pub struct Report {
     pub commit: String,
 }
 
+/// How many CPUs, and which.
+pub fn machine() -> String {
+    format!("{} x {}", std::thread::available_parallelism().map_or(1, usize::from), crate::place::cpu_model())
+}
+
+/// The kernel's release.
+pub fn kernel() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
+/// The commit of what is measured.
+pub fn commit() -> String {
+    std::env::var("TOWPATH_COMMIT").unwrap_or_else(|_| "unknown".into())
+}
+
 impl Report {
     /// Puts generator's and sink's counts together.
     pub fn new(
@@ -86,7 +118,6 @@ impl Report {
         busy_cpu_s: f64,
     ) -> Report {
         let time_s = (sent.to_ns.saturating_sub(sent.from_ns) as f64 / 1e9).max(1e-9);
-        let percentile = |q: f64| received.latency_ns.value_at_quantile(q) as f64 / 1e3;
         let lost = sent.packets.saturating_sub(received.packets);
         Report {
             scenario: scenario.into(),
@@ -107,22 +138,10 @@ impl Report {
             foreign: received.foreign,
             late_max_us: sent.late_max_ns as f64 / 1e3,
             busy_cpu_s,
-            latency: Latency {
-                min_us: received.latency_ns.min() as f64 / 1e3,
-                p50_us: percentile(0.5),
-                p90_us: percentile(0.9),
-                p99_us: percentile(0.99),
-                p999_us: percentile(0.999),
-                p9999_us: percentile(0.9999),
-                max_us: received.latency_ns.max() as f64 / 1e3,
-            },
-            machine: format!(
-                "{} x {}",
-                std::thread::available_parallelism().map_or(1, usize::from),
-                crate::place::cpu_model()
-            ),
-            kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
-            commit: std::env::var("TOWPATH_COMMIT").unwrap_or_else(|_| "unknown".into()),
+            latency: Latency::of(&received.latency_ns),
+            machine: machine(),
+            kernel: kernel(),
+            commit: commit(),
         }
     }
 
@@ -200,7 +219,7 @@ impl fmt::Display for Report {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sink::Judge;
+    use crate::sink::{Judge, Side};
 
     fn sent(packets: u64) -> Sent {
         Sent { packets, flows: 7, late_max_ns: 1500, from_ns: 1_000_000_000, to_ns: 3_000_000_000 }
@@ -212,7 +231,7 @@ mod tests {
 
     #[test]
     fn what_did_not_arrive_is_lost_and_no_mistake() {
-        let mut received = Judge::new(vec![], 0).finish();
+        let mut received = Judge::new(Side::Endpoint, vec![], 0).finish();
         received.packets = 990;
         received.sink_dropped = 4;
         let made = report(&received);
@@ -233,7 +252,7 @@ mod tests {
             ("reordered", |r| &mut r.reordered),
             ("foreign", |r| &mut r.foreign),
         ] {
-            let mut received = Judge::new(vec![], 0).finish();
+            let mut received = Judge::new(Side::Endpoint, vec![], 0).finish();
             *of(&mut received) = 3;
             let made = report(&received);
             // Order is not promised by anybody, and what is not ours is none of ours.

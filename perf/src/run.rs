@@ -16,10 +16,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::clock::{busy_s, now_ns};
 use crate::flow::Flows;
 use crate::generator::{Generator, Load, Sent};
-use crate::place::{Place, parse_mac};
+use crate::place::{Place, Port, parse_mac};
 use crate::range::{AddrRange, Target};
 use crate::report::Report;
-use crate::sink::{Received, Sink};
+use crate::sink::{Received, Side, Sink};
 
 /// What a measurement needs to know, but for its rate.
 #[derive(Args, Clone)]
@@ -57,6 +57,12 @@ pub struct Setup {
     /// Seconds of the same load before it, which are not counted
     #[arg(long, default_value_t = 1.0)]
     pub warm_up: f64,
+    /// Queues of both interfaces; flows take turns over them
+    #[arg(long, default_value_t = 1)]
+    pub queues: u32,
+    /// Send every packet back, and count those that come back from the Service. One CPU does it all
+    #[arg(long)]
+    pub replies: bool,
     /// CPU of the generator
     #[arg(long)]
     pub tx_cpu: Option<usize>,
@@ -127,6 +133,11 @@ impl Setup {
             "--time and --warm-up are seconds, --time more than 0"
         );
         ensure!(
+            !self.replies || (self.tx_cpu.is_some() && self.tx_cpu == self.rx_cpu),
+            "--replies needs --tx-cpu and --rx-cpu to be the same"
+        );
+        ensure!((1..=64).contains(&self.queues), "--queues is {}: use 1 to 64", self.queues);
+        ensure!(
             self.src.is_v4 == self.dst.addrs.is_v4,
             "--src and --dst {} are of different families",
             self.dst
@@ -147,19 +158,28 @@ pub fn measure(setup: &Setup, rate: f64) -> anyhow::Result<Report> {
     let progress = Progress::default();
     let (sent, busy, received) = thread::scope(|scope| {
         // Threads, since each moves into a namespace of its own.
-        let sink = scope.spawn(|| open_sink(setup)).join().expect("opening does not panic")?;
-        let generator =
-            scope.spawn(|| open_generator(setup, rate, frame_len)).join().expect("opening does not panic")?;
-        let (sink, _program) = sink;
-        let generator = generator();
+        let far = scope.spawn(|| open_far(setup)).join().expect("opening does not panic")?;
+        let near =
+            scope.spawn(|| open_near(setup, rate, frame_len)).join().expect("opening does not panic")?;
+        let ((far, _far_program), (near, load, _near_program)) = (far, near);
+        let sink = if setup.replies {
+            Sink::new(Side::Client(load.flows.clone()), vec![setup.dst])
+        } else {
+            Sink::new(Side::Endpoint, setup.expected.clone())
+        };
+        // Its schedule begins when it is made.
+        let generator = Generator::new(near.len(), load);
         let busy = busy_s();
         let begin_ns = now_ns();
-        let threads = if setup.tx_cpu.is_some() && setup.tx_cpu == setup.rx_cpu {
-            vec![scope.spawn(|| both(setup, generator, sink, &progress))]
+        let progress = &progress;
+        let threads = if setup.replies {
+            vec![scope.spawn(move || there_and_back(setup, generator, sink, near, far, progress))]
+        } else if setup.tx_cpu.is_some() && setup.tx_cpu == setup.rx_cpu {
+            vec![scope.spawn(move || both(setup, generator, sink, near, far, progress))]
         } else {
             vec![
-                scope.spawn(|| generate(setup, generator, &progress)),
-                scope.spawn(|| sink_until_silent(setup, sink, &progress)),
+                scope.spawn(move || generate(setup, generator, near, progress)),
+                scope.spawn(move || sink_until_silent(setup, sink, far, progress)),
             ]
         };
         progress.show((rate * setup.time) as u64, &setup.name);
@@ -182,22 +202,25 @@ pub fn measure(setup: &Setup, rate: f64) -> anyhow::Result<Report> {
 /// What one thread has to tell.
 type Part = (Option<Sent>, Option<Received>);
 
-fn open_sink(setup: &Setup) -> anyhow::Result<(Sink, UdpRedirect)> {
+/// The side where packets arrive.
+fn open_far(setup: &Setup) -> anyhow::Result<(Vec<Port>, UdpRedirect)> {
     setup.rx_if.enter()?;
-    let (socket, pool) = setup.rx_if.open()?;
-    let program = setup.rx_if.redirect(&socket)?;
-    Ok((Sink::new(socket, pool, setup.expected.clone()), program))
+    let ports = setup.rx_if.open(setup.queues)?;
+    let program = setup.rx_if.redirect(ports.iter().map(|port| &port.socket))?;
+    Ok((ports, program))
 }
 
-/// The generator, to be started when all is ready: its schedule begins when it is made.
-fn open_generator(
+/// The side where they start, and what to send there. It receives only what comes back.
+fn open_near(
     setup: &Setup,
     rate: f64,
     frame_len: usize,
-) -> anyhow::Result<impl FnOnce() -> Generator + use<>> {
+) -> anyhow::Result<(Vec<Port>, Load, Option<UdpRedirect>)> {
     setup.tx_if.enter()?;
     let (src_mac, dst_mac) = (setup.tx_if.mac()?, parse_mac(&setup.via)?);
-    let (socket, pool) = setup.tx_if.open()?;
+    let ports = setup.tx_if.open(setup.queues)?;
+    let sockets = ports.iter().map(|port| &port.socket);
+    let program = if setup.replies { Some(setup.tx_if.redirect(sockets)?) } else { None };
     let load = Load {
         flows: Flows { src_mac, dst_mac, src: setup.src, dst: setup.dst, frame_len },
         rate,
@@ -206,25 +229,35 @@ fn open_generator(
         warm_up_s: setup.warm_up,
         time_s: setup.time,
     };
-    Ok(move || Generator::new(socket, pool, load))
+    Ok((ports, load, program))
 }
 
-fn generate(setup: &Setup, mut generator: Generator, progress: &Progress) -> anyhow::Result<Part> {
+fn generate(
+    setup: &Setup,
+    mut generator: Generator,
+    mut near: Vec<Port>,
+    progress: &Progress,
+) -> anyhow::Result<Part> {
     let _end = progress.ends_sending();
     pin(setup.tx_cpu)?;
-    while generator.step() {
+    while generator.step(&mut near) {
         progress.sent.store(generator.progress(), Ordering::Relaxed);
     }
     Ok((Some(generator.finish()), None))
 }
 
-fn sink_until_silent(setup: &Setup, mut sink: Sink, progress: &Progress) -> anyhow::Result<Part> {
+fn sink_until_silent(
+    setup: &Setup,
+    mut sink: Sink,
+    mut far: Vec<Port>,
+    progress: &Progress,
+) -> anyhow::Result<Part> {
     pin(setup.rx_cpu)?;
     loop {
-        if sink.step() {
+        if sink.step(&mut far) {
             progress.received.store(sink.progress(), Ordering::Relaxed);
         } else if progress.all_sent.load(Ordering::Relaxed) && sink.is_silent(PATIENCE_NS) {
-            return Ok((None, Some(sink.finish())));
+            return Ok((None, Some(sink.finish(&far))));
         } else {
             thread::yield_now();
         }
@@ -235,17 +268,43 @@ fn both(
     setup: &Setup,
     mut generator: Generator,
     mut sink: Sink,
+    mut near: Vec<Port>,
+    mut far: Vec<Port>,
     progress: &Progress,
 ) -> anyhow::Result<Part> {
     let _end = progress.ends_sending();
     pin(setup.tx_cpu)?;
-    while generator.step() {
-        sink.step();
+    while generator.step(&mut near) {
+        sink.step(&mut far);
         progress.sent.store(generator.progress(), Ordering::Relaxed);
         progress.received.store(sink.progress(), Ordering::Relaxed);
     }
-    while sink.step() || !sink.is_silent(PATIENCE_NS) {}
-    Ok((Some(generator.finish()), Some(sink.finish())))
+    while sink.step(&mut far) || !sink.is_silent(PATIENCE_NS) {}
+    Ok((Some(generator.finish()), Some(sink.finish(&far))))
+}
+
+/// Requests are judged where they arrive and turned back there; their answers are judged and counted where they started.
+fn there_and_back(
+    setup: &Setup,
+    mut generator: Generator,
+    mut sink: Sink,
+    mut near: Vec<Port>,
+    mut far: Vec<Port>,
+    progress: &Progress,
+) -> anyhow::Result<Part> {
+    let _end = progress.ends_sending();
+    pin(setup.tx_cpu)?;
+    let mut mirror = Sink::new(Side::Endpoint, setup.expected.clone());
+    while generator.step(&mut near) {
+        mirror.echo(&mut far);
+        sink.step(&mut near);
+        progress.sent.store(generator.progress(), Ordering::Relaxed);
+        progress.received.store(sink.progress(), Ordering::Relaxed);
+    }
+    while mirror.echo(&mut far) || sink.step(&mut near) || !sink.is_silent(PATIENCE_NS) {}
+    let mut received = sink.finish(&near);
+    received.add_mistakes(&mirror.finish(&far));
+    Ok((Some(generator.finish()), Some(received)))
 }
 
 /// How far the threads are.

@@ -37,11 +37,15 @@ pub fn search(arguments: &SearchArguments) -> anyhow::Result<ExitCode> {
         arguments.precision > 0.0 && arguments.trials > 0,
         "--precision and --trials must be more than 0"
     );
-    let ndr = bisect(arguments, 0.0)?;
-    let pdr = bisect(
-        &SearchArguments { setup: arguments.setup.clone(), low: ndr.max(arguments.low), ..*arguments },
-        0.005,
-    )?;
+    let above = |low: f64, loss: f64| {
+        find(low, arguments.high, arguments.precision, |rate| carries(arguments, rate, loss))
+    };
+    let highest = |loss: f64| {
+        if carries(arguments, arguments.low, loss)? { above(arguments.low, loss) } else { Ok(0.0) }
+    };
+    let ndr = highest(0.0)?;
+    // What is carried without loss is carried with some.
+    let pdr = if ndr > 0.0 { above(ndr, 0.005)? } else { highest(0.005)? };
     if arguments.json {
         println!(
             "{}",
@@ -53,22 +57,16 @@ pub fn search(arguments: &SearchArguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The highest rate with at most `loss`; 0 if even the lowest has more.
-fn bisect(arguments: &SearchArguments, loss: f64) -> anyhow::Result<f64> {
-    let carried = |rate: f64| -> anyhow::Result<bool> {
-        for _ in 0..arguments.trials {
-            let report = measure(&arguments.setup, rate)?;
-            eprintln!("  {}", report.line());
-            if !is_carried(&report, loss) {
-                return Ok(false);
-            }
+/// True if every trial at this rate has at most `loss`.
+fn carries(arguments: &SearchArguments, rate: f64, loss: f64) -> anyhow::Result<bool> {
+    for _ in 0..arguments.trials {
+        let report = measure(&arguments.setup, rate)?;
+        eprintln!("  {}", report.line());
+        if !is_carried(&report, loss) {
+            return Ok(false);
         }
-        Ok(true)
-    };
-    if !carried(arguments.low)? {
-        return Ok(0.0);
     }
-    find(arguments.low, arguments.high, arguments.precision, carried)
+    Ok(true)
 }
 
 /// Bisects in the logarithm, since rates differ by orders of magnitude. `low` is carried.

@@ -2,11 +2,12 @@
 
 use std::net::IpAddr;
 
-use af_xdp::{Burst, FramePool, Socket};
+use af_xdp::Burst;
 use hdrhistogram::Histogram;
 
 use crate::clock::now_ns;
-use crate::flow::{Kind, Seen};
+use crate::flow::{Flows, Kind, Seen, turn_back};
+use crate::place::Port;
 use crate::range::Target;
 
 /// What was received.
@@ -68,8 +69,17 @@ impl FlowState {
     }
 }
 
+/// Where packets are judged.
+pub enum Side {
+    /// Requests, by the endpoint that they reach.
+    Endpoint,
+    /// Answers, by whom they come from; each must reach the client of its flow.
+    Client(Flows),
+}
+
 /// Judges packets one by one.
 pub struct Judge {
+    side: Side,
     expected: Vec<Target>,
     since_ns: u64,
     endpoints: Vec<(IpAddr, u16)>,
@@ -80,10 +90,12 @@ pub struct Judge {
 const PAGE: usize = 1 << 16;
 
 impl Judge {
-    /// A judge that lets packets arrive at `expected` only; anywhere, if that is empty. Packets that should have left before
-    /// `since_ns` are of another run: rings that are full when a run ends give their packets to the next.
-    pub fn new(expected: Vec<Target>, since_ns: u64) -> Judge {
+    /// A judge that lets packets arrive at `expected` only (or come from there, on the client's side); anywhere, if that is
+    /// empty. Packets that should have left before `since_ns` are of another run: rings that are full when a run ends give
+    /// their packets to the next.
+    pub fn new(side: Side, expected: Vec<Target>, since_ns: u64) -> Judge {
         Judge {
+            side,
             expected,
             since_ns,
             endpoints: vec![],
@@ -122,21 +134,30 @@ impl Judge {
         self.endpoints.len() as u32
     }
 
-    /// A packet came at `now_ns`.
-    pub fn judge(&mut self, packet: &[u8], now_ns: u64) {
+    /// A packet came at `now_ns`. False if it is damaged or not of this run.
+    pub fn judge(&mut self, packet: &[u8], now_ns: u64) -> bool {
         let Some(seen) = Seen::read(packet) else {
             self.received.foreign += 1;
-            return;
+            return false;
         };
         if !seen.intact {
             self.received.damaged += 1;
-            return;
+            return false;
         }
         if seen.intended_ns < self.since_ns {
             self.received.foreign += 1;
-            return;
+            return false;
         }
-        let endpoint = self.endpoint(seen.endpoint);
+        self.count(&seen, now_ns);
+        true
+    }
+
+    fn count(&mut self, seen: &Seen, now_ns: u64) {
+        let endpoint = match &self.side {
+            Side::Endpoint => self.endpoint(seen.to),
+            Side::Client(flows) if flows.client(seen.flow) == seen.to => self.endpoint(seen.from),
+            Side::Client(_) => 0,
+        };
         let flow = self.flow(seen.flow);
         let moved = flow.endpoint != 0 && flow.endpoint != endpoint;
         flow.endpoint = endpoint;
@@ -165,32 +186,66 @@ impl Judge {
 
 /// Receives into a [`Judge`], a burst at a time.
 pub struct Sink {
-    socket: Socket,
-    pool: FramePool,
     judge: Judge,
     burst: Burst,
+    answers: Burst,
     last_ns: u64,
 }
 
 impl Sink {
-    /// A sink that lets packets arrive at `expected` only; anywhere, if that is empty.
-    pub fn new(socket: Socket, pool: FramePool, expected: Vec<Target>) -> Sink {
+    /// A sink on one side that knows of `expected` only; of anything, if that is empty.
+    pub fn new(side: Side, expected: Vec<Target>) -> Sink {
         let now_ns = now_ns();
-        let judge = Judge::new(expected, now_ns);
-        Sink { socket, pool, judge, burst: Burst::with_capacity(64), last_ns: now_ns }
+        Sink {
+            judge: Judge::new(side, expected, now_ns),
+            burst: Burst::with_capacity(64),
+            answers: Burst::with_capacity(64),
+            last_ns: now_ns,
+        }
     }
 
-    /// Judges what has come, at most a burst. False if nothing has.
-    pub fn step(&mut self) -> bool {
-        if self.socket.receive(&mut self.pool, &mut self.burst, 64) == 0 {
-            return false;
+    /// Judges what has come, at most a burst a port. False if nothing has.
+    pub fn step(&mut self, ports: &mut [Port]) -> bool {
+        let mut any = false;
+        for Port { socket, pool } in ports {
+            if socket.receive(pool, &mut self.burst, 64) > 0 {
+                any = true;
+                self.last_ns = now_ns();
+                for frame in &self.burst.heads {
+                    self.judge.judge(frame.data(), self.last_ns);
+                }
+                self.burst.recycle(pool);
+                socket.release(pool);
+                socket.refill(pool);
+            }
         }
-        self.last_ns = now_ns();
-        self.burst.heads.iter().for_each(|frame| self.judge.judge(frame.data(), self.last_ns));
-        self.burst.recycle(&mut self.pool);
-        self.socket.release(&mut self.pool);
-        self.socket.refill(&mut self.pool);
-        true
+        any
+    }
+
+    /// Judges what has come, as [`Sink::step`] does, and sends it back to where it says it comes from; not what is damaged.
+    pub fn echo(&mut self, ports: &mut [Port]) -> bool {
+        let mut any = false;
+        for Port { socket, pool } in ports {
+            if socket.receive(pool, &mut self.burst, 64) > 0 {
+                any = true;
+                self.last_ns = now_ns();
+                for mut frame in self.burst.heads.drain(..) {
+                    if self.judge.judge(frame.data(), self.last_ns) {
+                        turn_back(frame.data_mut());
+                        self.answers.push(frame);
+                    } else {
+                        pool.push(frame);
+                    }
+                }
+                socket.transmit(pool, &mut self.answers);
+                self.answers.recycle(pool); // the ring is full: dropped
+                socket.kick();
+                socket.release(pool);
+            }
+            socket.complete(pool);
+            socket.refill(pool);
+        }
+        any
     }
 
     /// True if nothing has come for so long.
@@ -204,11 +259,24 @@ impl Sink {
     }
 
     /// What was received.
-    pub fn finish(self) -> Received {
-        let kernel = self.socket.statistics().unwrap_or_default();
+    pub fn finish(self, ports: &[Port]) -> Received {
         let mut received = self.judge.finish();
-        received.sink_dropped = kernel.rx_dropped + kernel.rx_ring_full + kernel.rx_fill_ring_empty_descs;
+        for port in ports {
+            let kernel = port.socket.statistics().unwrap_or_default();
+            received.sink_dropped +=
+                kernel.rx_dropped + kernel.rx_ring_full + kernel.rx_fill_ring_empty_descs;
+        }
         received
+    }
+}
+
+impl Received {
+    /// Adds the mistakes that were noticed at the other side, on the way there.
+    pub fn add_mistakes(&mut self, other: &Received) {
+        self.duplicates += other.duplicates;
+        self.wrong_endpoint += other.wrong_endpoint;
+        self.damaged += other.damaged;
+        self.sink_dropped += other.sink_dropped;
     }
 }
 
@@ -234,7 +302,7 @@ mod tests {
                 packet
             })
             .collect();
-        let mut judge = Judge::new(vec!["10.0.1.1-10.0.1.4:80".parse().unwrap()], 1000);
+        let mut judge = Judge::new(Side::Endpoint, vec!["10.0.1.1-10.0.1.4:80".parse().unwrap()], 1000);
         for i in [0, 1, 3, 2, 3, 3, 4] {
             judge.judge(&packets[i], 3000);
         }
@@ -259,6 +327,27 @@ mod tests {
         assert_eq!((received.wrong_endpoint, received.damaged, received.foreign), (2, 1, 2));
         assert_eq!(received.latency_ns.len(), 7);
         assert_eq!(received.latency_ns.max(), 2000);
+    }
+
+    #[test]
+    fn answers_come_from_the_service_and_to_the_client_of_their_flow() {
+        let flows = Flows {
+            src_mac: [2; 6],
+            dst_mac: [2; 6],
+            src: "10.0.0.1-10.0.0.9".parse().unwrap(),
+            dst: "10.0.1.1:80".parse().unwrap(),
+            frame_len: 60,
+        };
+        let mut judge = Judge::new(Side::Client(flows.clone()), vec![flows.dst], 0);
+        let elsewhere = Flows { dst: "10.0.1.2:80".parse().unwrap(), ..flows.clone() };
+        let others = Flows { src: "10.0.0.2-10.0.0.9".parse().unwrap(), ..flows.clone() };
+        let mut packet = vec![0; 60];
+        for (id, of, wrong) in [(0, &flows, 0), (1, &elsewhere, 1), (2, &others, 2)] {
+            Flow::new(of, id).next(Kind::Measured, 1, &mut packet);
+            turn_back(&mut packet);
+            judge.judge(&packet, 2);
+            assert_eq!(judge.received.wrong_endpoint, wrong);
+        }
     }
 
     #[test]

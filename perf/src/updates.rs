@@ -14,7 +14,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use af_xdp::redirect::UdpRedirect;
 use af_xdp::{Burst, FramePool, Socket};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
@@ -23,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::now_ns;
 use crate::flow::{Flow, Flows, Kind, Seen};
-use crate::place::{Place, parse_mac};
+use crate::place::{Place, Port, parse_mac};
 use crate::range::{AddrRange, Target};
 use crate::run::pin;
 
@@ -191,7 +190,7 @@ struct Probe {
 impl Probe {
     fn see(&self, seen: &Seen) {
         if seen.intended_ns >= self.since_ns.load(Ordering::Relaxed)
-            && let Some(at) = self.endpoints.iter().position(|endpoint| *endpoint == seen.endpoint.0)
+            && let Some(at) = self.endpoints.iter().position(|endpoint| *endpoint == seen.to.0)
         {
             self.first_ns[at].fetch_min(seen.intended_ns, Ordering::Relaxed);
         }
@@ -342,19 +341,19 @@ fn carry(arguments: &UpdatesArguments, probe: &Probe) -> anyhow::Result<(u64, u6
     let (receiver, sender) = thread::scope(|scope| {
         let receiver = scope.spawn(|| {
             arguments.rx_if.enter()?;
-            let (socket, pool) = arguments.rx_if.open()?;
-            let program: UdpRedirect = arguments.rx_if.redirect(&socket)?;
-            anyhow::Ok((socket, pool, program))
+            let port = arguments.rx_if.open(1)?.pop().context("one queue was asked for")?;
+            let program = arguments.rx_if.redirect([&port.socket])?;
+            anyhow::Ok((port, program))
         });
         let sender = scope.spawn(|| {
             arguments.tx_if.enter()?;
-            let (socket, pool) = arguments.tx_if.open()?;
-            anyhow::Ok((socket, pool, arguments.tx_if.mac()?))
+            let port = arguments.tx_if.open(1)?.pop().context("one queue was asked for")?;
+            anyhow::Ok((port, arguments.tx_if.mac()?))
         });
         (receiver.join().expect("opening does not panic"), sender.join().expect("opening does not panic"))
     });
-    let (mut receiver, mut received_pool, _program) = receiver?;
-    let (sender, pool, src_mac) = sender?;
+    let (Port { socket: mut receiver, pool: mut received_pool }, _program) = receiver?;
+    let (Port { socket: sender, pool }, src_mac) = sender?;
     pin(arguments.cpu)?;
     rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1))?;
     let dst_mac = parse_mac(&arguments.via)?;

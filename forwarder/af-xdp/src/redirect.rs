@@ -1,11 +1,12 @@
-//! A small XDP program that sends all UDP to sockets, for tools and tests; everything else (ARP, ND) goes to the kernel.
+//! Small XDP programs that send all UDP to sockets, or to another interface, for tools and tests; everything else (ARP, ND)
+//! goes to the kernel.
 //!
-//! It is assembled here instead of compiled, so that neither a C compiler nor a loader is needed. In C it would be:
+//! They are assembled here instead of compiled, so that neither a C compiler nor a loader is needed. In C they would be:
 //!
 //! ```c
 //! if (data + 34 > data_end) return XDP_PASS;
 //! if (ethertype == 0x0800 ? data[23] != 17 : ethertype == 0x86dd ? data[20] != 17 : 1) return XDP_PASS;
-//! return bpf_redirect_map(&sockets, ctx->rx_queue_index, XDP_PASS);
+//! return bpf_redirect_map(&sockets, ctx->rx_queue_index, XDP_PASS); // or bpf_redirect(other_interface, 0)
 //! ```
 
 #![allow(unsafe_code)]
@@ -39,7 +40,7 @@ impl UdpRedirect {
     /// Not permitted (CAP_BPF and CAP_NET_ADMIN), or another program is attached (`EBUSY`), or no such interface.
     pub fn attach(ifindex: u32) -> io::Result<UdpRedirect> {
         let sockets = create_map()?;
-        let program = load(&sockets)?;
+        let program = load(&program(&to_socket(sockets.as_raw_fd())))?;
         let (link, native) = match link(&program, ifindex, XDP_FLAGS_DRV_MODE) {
             Ok(link) => (link, true),
             Err(_) => (self::link(&program, ifindex, XDP_FLAGS_SKB_MODE)?, false),
@@ -78,6 +79,23 @@ impl UdpRedirect {
     }
 }
 
+/// The program on an interface, with another interface as target. Packets go to the kernel again when this is dropped.
+pub struct UdpForward {
+    _link: OwnedFd,
+}
+
+impl UdpForward {
+    /// UDP of the interface `from` leaves by the interface `to`, untouched. In the driver only.
+    ///
+    /// # Errors
+    /// Not permitted (CAP_BPF and CAP_NET_ADMIN), or another program is attached (`EBUSY`), or no such interface, or a
+    /// driver without a hook.
+    pub fn attach(from: u32, to: u32) -> io::Result<UdpForward> {
+        let program = load(&program(&to_interface(to)))?;
+        Ok(UdpForward { _link: link(&program, from, XDP_FLAGS_DRV_MODE)? })
+    }
+}
+
 /// bpf(2).
 ///
 /// # Safety
@@ -111,50 +129,68 @@ const fn op(code: u8, dst: u8, src: u8, off: i16, imm: i32) -> u64 {
     u64::from_ne_bytes([bytes[0][0], bytes[0][1], bytes[1][0], bytes[1][1], imm[0], imm[1], imm[2], imm[3]])
 }
 
-fn program(map_fd: i32) -> [u64; 21] {
-    const MOV: u8 = 0xbf;
-    const MOV_IMM: u8 = 0xb7;
-    const ADD_IMM: u8 = 0x07;
-    const LOAD_U8: u8 = 0x71;
-    const LOAD_U16: u8 = 0x69;
-    const LOAD_U32: u8 = 0x61;
-    const LOAD_IMM64: u8 = 0x18;
-    const JUMP: u8 = 0x05;
-    const JUMP_GREATER: u8 = 0x2d;
-    const JUMP_EQUAL_IMM: u8 = 0x15;
-    const JUMP_NOT_EQUAL_IMM: u8 = 0x55;
-    const CALL: u8 = 0x85;
-    const EXIT: u8 = 0x95;
-    const MAP_FD: u8 = 1;
-    const REDIRECT_MAP: i32 = 51;
-    const XDP_PASS: i32 = 2;
-    let ethertype = |bytes: [u8; 2]| i32::from(u16::from_ne_bytes(bytes));
+const MOV: u8 = 0xbf;
+const MOV_IMM: u8 = 0xb7;
+const ADD_IMM: u8 = 0x07;
+const LOAD_U8: u8 = 0x71;
+const LOAD_U16: u8 = 0x69;
+const LOAD_U32: u8 = 0x61;
+const LOAD_IMM64: u8 = 0x18;
+const JUMP: u8 = 0x05;
+const JUMP_GREATER: u8 = 0x2d;
+const JUMP_EQUAL_IMM: u8 = 0x15;
+const JUMP_NOT_EQUAL_IMM: u8 = 0x55;
+const CALL: u8 = 0x85;
+const EXIT: u8 = 0x95;
+const MAP_FD: u8 = 1;
+const REDIRECT: i32 = 23;
+const REDIRECT_MAP: i32 = 51;
+const XDP_PASS: i32 = 2;
+
+fn to_socket(map_fd: i32) -> [u64; 6] {
     [
-        op(MOV, 6, 1, 0, 0),
-        op(LOAD_U32, 2, 1, 0, 0), // data
-        op(LOAD_U32, 3, 1, 4, 0), // data_end
-        op(MOV, 4, 2, 0, 0),
-        op(ADD_IMM, 4, 0, 0, 34),
-        op(JUMP_GREATER, 4, 3, 13, 0), // too short: pass
-        op(LOAD_U16, 5, 2, 12, 0),
-        op(JUMP_EQUAL_IMM, 5, 0, 3, ethertype([0x08, 0x00])),
-        op(JUMP_NOT_EQUAL_IMM, 5, 0, 10, ethertype([0x86, 0xdd])), // pass
-        op(LOAD_U8, 5, 2, 20, 0),
-        op(JUMP, 0, 0, 1, 0),
-        op(LOAD_U8, 5, 2, 23, 0),
-        op(JUMP_NOT_EQUAL_IMM, 5, 0, 6, 17), // pass
         op(LOAD_IMM64, 1, MAP_FD, 0, map_fd),
         0,
         op(LOAD_U32, 2, 6, 16, 0), // rx_queue_index
         op(MOV_IMM, 3, 0, 0, XDP_PASS),
         op(CALL, 0, 0, 0, REDIRECT_MAP),
         op(EXIT, 0, 0, 0, 0),
-        op(MOV_IMM, 0, 0, 0, XDP_PASS), // pass:
+    ]
+}
+
+fn to_interface(ifindex: u32) -> [u64; 4] {
+    [
+        op(MOV_IMM, 1, 0, 0, ifindex as i32),
+        op(MOV_IMM, 2, 0, 0, 0),
+        op(CALL, 0, 0, 0, REDIRECT),
         op(EXIT, 0, 0, 0, 0),
     ]
 }
 
-fn load(map: &OwnedFd) -> io::Result<OwnedFd> {
+/// The whole program: UDP goes to `target`, which finds the context in register 6.
+fn program(target: &[u64]) -> Vec<u64> {
+    let ethertype = |bytes: [u8; 2]| i32::from(u16::from_ne_bytes(bytes));
+    let len = target.len() as i16;
+    let is_udp = [
+        op(MOV, 6, 1, 0, 0),
+        op(LOAD_U32, 2, 1, 0, 0), // data
+        op(LOAD_U32, 3, 1, 4, 0), // data_end
+        op(MOV, 4, 2, 0, 0),
+        op(ADD_IMM, 4, 0, 0, 34),
+        op(JUMP_GREATER, 4, 3, len + 7, 0), // too short: pass
+        op(LOAD_U16, 5, 2, 12, 0),
+        op(JUMP_EQUAL_IMM, 5, 0, 3, ethertype([0x08, 0x00])),
+        op(JUMP_NOT_EQUAL_IMM, 5, 0, len + 4, ethertype([0x86, 0xdd])), // pass
+        op(LOAD_U8, 5, 2, 20, 0),
+        op(JUMP, 0, 0, 1, 0),
+        op(LOAD_U8, 5, 2, 23, 0),
+        op(JUMP_NOT_EQUAL_IMM, 5, 0, len, 17), // pass
+    ];
+    let pass = [op(MOV_IMM, 0, 0, 0, XDP_PASS), op(EXIT, 0, 0, 0, 0)];
+    [&is_udp, target, &pass].concat()
+}
+
+fn load(instructions: &[u64]) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
         prog_type: u32,
@@ -170,7 +206,6 @@ fn load(map: &OwnedFd) -> io::Result<OwnedFd> {
         prog_ifindex: u32,
         expected_attach_type: u32,
     }
-    let instructions = program(map.as_raw_fd());
     let mut prog_name = [0; 16];
     prog_name[..12].copy_from_slice(b"udp_redirect");
     let attr = Attr {
