@@ -4,6 +4,7 @@ import statistics
 
 import compare
 import plot
+import updates
 from compare import CONNECTIONS_PER_CPU, PER_CPU, RATE
 
 PERCENTILES = (("p50_us", "p50"), ("p90_us", "p90"), ("p99_us", "p99"), ("p999_us", "p99.9"), ("p9999_us", "p99.99"))
@@ -157,7 +158,7 @@ def page(campaign):
         "",
         "## Goals",
         "",
-        *goals(reports),
+        *goals(reports + campaign["updates"]),
         "",
         "A goal is met if the worse end of the interval meets it. Ratios and differences are taken within each round.",
         "",
@@ -178,6 +179,11 @@ def page(campaign):
         ("TCP connections", "Connect, request, answer, close, by 16 clients at a time, all sockets on CPU 0; none failed.", connections(reports)),
         ("One TCP stream", "iperf3, both ends on CPU 0. The kernel passes segments of 64 KiB on whole; over AF_XDP each frame is of the MTU.",
          streams(reports)),
+        ("Changes under load", f"{updates.RATE:,} packets a second, each a new flow, to the Service that changes, with {updates.SERVICES:,} Services of ten "
+         "endpoints a family. In force: from the begin of writing the change, to the control socket or to the standard input of a process "
+         "that is started for it, to the first packet that leaves by it. Load, packets and control threads share CPU 0. *Eight Services at "
+         "once*: as many connections, each changes all ten endpoints of its Service. *Everything*: all objects anew, in one change.",
+         updates.table(campaign["updates"])),
         ("Idle", "Three seconds without traffic; then fifty single packets, eight a second.", idle(reports)),
         ("Memory", "10,000 Services with 100,000 endpoints, and a million connections in a table with room for 1,048,576.", memory(reports)),
     ):

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
+import statistics
 import subprocess
 
-import compare
 import objects
 import systems
 from network import Failure, Rig
@@ -12,6 +12,8 @@ from network import Failure, Rig
 SERVICES = 10_000
 # Packets a second, each a new flow, to the Service that changes.
 RATE = 50_000
+# Flows that the table has room for: those of as long as a measurement takes.
+ROOM = 1 << 22
 # Connections to towpathd that change Services at once.
 CONNECTIONS = 8
 
@@ -26,6 +28,10 @@ class Kind:
     # Services that are there before.
     services: int = SERVICES
 
+    def name(self):
+        """What it is called in tables and records."""
+        return f"{self.system}: {self.what}"
+
 
 KINDS = (
     Kind("towpath", "one endpoint list", 500),
@@ -37,14 +43,19 @@ KINDS = (
 )
 
 
+def wanted(turn):
+    """The kinds of change of a round. Rules for thousands of Services take so long to load that they have theirs once."""
+    return [kind for kind in KINDS if kind.system == "towpath" or turn == 1]
+
+
 def measure(kind, binaries):
     """The report of towpath-perf about a kind of change."""
     system = systems.find(kind.system, binaries)
-    case = systems.Case(services=kind.services, new_flows=None)
+    case = systems.Case(services=kind.services, new_flows=None, room=ROOM)
     with Rig() as rig:
         system.start(rig, case)
         command = [
-            binaries / "towpath-perf", "updates", "--name", f"{kind.system}: {kind.what}", "--count", kind.count, "--rate", RATE,
+            binaries / "towpath-perf", "updates", "--name", kind.name(), "--count", kind.count, "--rate", RATE,
             "--tx-if", f"{rig.namespace('cli')}/v0", "--rx-if", f"{rig.namespace('be')}/v1", "--via", rig.mac("gw", "g0"),
             "--cpu", 0, "--src", "10.1.1.0-10.1.1.255", "--dst", f"{objects.VIPS[4]}:{objects.PORT}", *_taker(kind, rig),
         ]
@@ -54,7 +65,7 @@ def measure(kind, binaries):
             command += ["--changes", path]
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
         if done.returncode not in (0, 2):
-            raise Failure(f"{kind.system}: {kind.what}: towpath-perf: {done.stderr.strip()}")
+            raise Failure(f"{kind.name()}: towpath-perf: {done.stderr.strip()}")
         report = json.loads(done.stdout)
         return {**report, "system": kind.system, "what": kind.what}
 
@@ -110,33 +121,44 @@ def _slice_text(service, only):
 
 
 def _nft_text(service, only):
-    return f"flush chain ip kube svc-{service}\nadd rule ip kube svc-{service} numgen random mod 1 vmap {{ 0 : goto ep-{service}-{only} }}\n"
+    chain = f"svc-{service}-udp"
+    return f"flush chain ip kube {chain}\nadd rule ip kube {chain} numgen random mod 1 vmap {{ 0 : goto ep-{service}-udp-{only} }}\n"
 
 
 def _iptables_text(service, only):
-    return f"*nat\n:KUBE-SVC-{service} - [0:0]\n-A KUBE-SVC-{service} -j KUBE-SEP-{service}-{only}\nCOMMIT\n"
+    chain = f"KUBE-SVC-{service}-udp"
+    return f"*nat\n:{chain} - [0:0]\n-A {chain} -j KUBE-SEP-{service}-udp-{only}\nCOMMIT\n"
+
+
+def line(report):
+    """What a report says, in short."""
+    if report["in_force_us"] is None:
+        return f"{report['name']:44} {report['changes'] / report['seconds']:,.0f} a second"
+    middle, longest = report["in_force_us"]["p50"], report["in_force_us"]["max"]
+    return f"{report['name']:44} in force after {middle / 1e3:,.3f} ms, longest {longest / 1e3:,.3f} ms"
+
+
+def _time(us):
+    return f"{us:,.0f} us" if us < 1e4 else f"{us / 1e3:,.0f} ms" if us < 1e7 else f"{us / 1e6:,.1f} s"
 
 
 def table(reports):
-    """A row for each kind of change, medians over rounds."""
-    head = ("forwarder", "change", "in force: p50", "p99", "longest", "after the last byte", "changes a second", "packets lost")
-    lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " --: |" * (len(head) - 2)]
-    for name in dict.fromkeys(report["name"] for report in reports):
-        rounds = [report for report in reports if report["name"] == name]
+    """A row for each kind of change, medians over the rounds."""
+    head = ("change", "in force: p50", "p99", "longest", "after the last byte", "changes a second", "packets lost")
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " --: |" * (len(head) - 1)]
+    for kind in KINDS:
+        rounds = [report for report in reports if report["name"] == kind.name()]
+        if not rounds:
+            continue
 
         def middle(part, key, rounds=rounds):
-            if rounds[0][part] is None:
-                return ""
-            us, _, _ = compare.spread([report[part][key] for report in rounds])
-            return f"{us / 1e3:.2f} ms" if us < 1e6 else f"{us / 1e6:.2f} s"
+            return "" if rounds[0][part] is None else _time(statistics.median(report[part][key] for report in rounds))
 
-        rate, _, _ = compare.spread([report["changes"] / report["seconds"] for report in rounds])
-        lost, _, most = compare.spread([report["sent"] - report["received"] for report in rounds])
-        at_once = "at once" in rounds[0]["what"]
-        cold = "cold" in rounds[0]["what"]
+        rate = statistics.median(report["changes"] / report["seconds"] for report in rounds)
+        lost = statistics.median(report["sent"] - report["received"] for report in rounds)
         cells = (
-            rounds[0]["system"], rounds[0]["what"], middle("in_force_us", "p50"), middle("in_force_us", "p99"), middle("in_force_us", "max"),
-            middle("in_force_after_last_byte_us", "p50"), f"{rate:,.0f}" if at_once else "", "" if cold else f"{lost:.0f} (most {most:.0f})",
+            kind.name(), *(middle("in_force_us", key) for key in ("p50", "p99", "max")), middle("in_force_after_last_byte_us", "p50"),
+            f"{rate:,.0f}" if "at once" in kind.what else "", "" if "cold" in kind.what else f"{lost:,.0f}",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return lines
