@@ -9,6 +9,7 @@ use crate::addr::{Addr, Tuple, protocol};
 use crate::packet::{Fragment, Layer4, Packet, Part};
 use crate::pipeline::Context;
 use crate::stage::flow::source_side_matches;
+use crate::stage::overlay;
 use crate::tables::{Fib, PortSettings, Tables};
 use crate::trace::{Step, Trace};
 use crate::verdict::{Reason, Verdict};
@@ -17,7 +18,11 @@ use crate::wire::{checksum, ethernet, icmp, ipv4, ipv6, sctp, tcp, udp};
 /// Parses a burst. Packets that are malformed or not ours have a verdict afterwards, all others their tuple.
 pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
     for (index, packet) in burst.iter_mut().enumerate() {
-        match packet_headers(packet, cx.tables, cx.fib) {
+        let verdict = packet_headers(packet, cx.tables, cx.fib);
+        if let (Some(tunnel), Some(overlay)) = (packet.from_tunnel, &cx.fib.overlay) {
+            trace.step(index, || Step::Decapsulate(overlay.tunnels[usize::from(tunnel)]));
+        }
+        match verdict {
             Ok(()) => trace.step(index, || Step::Parsed(packet.tuple)),
             Err(verdict) => packet.verdict = verdict,
         }
@@ -29,15 +34,17 @@ fn packet_headers(packet: &mut Packet, tables: &Tables, fib: &Fib) -> Result<(),
     let data = packet.frame.data();
     let (ethertype, l3) = ethernet::payload(data).ok_or(Verdict::Drop(Reason::Truncated))?;
     let available = data.len() - l3 + packet.tail_len as usize;
-    packet.l3 = l3 as u16;
-    match ethertype {
-        ethernet::ethertype::IPV4 => parse_v4(packet, available)?,
-        ethernet::ethertype::IPV6 => parse_v6(packet, available)?,
-        _ => return Err(Verdict::Punt),
-    }
+    packet_ip(packet, ethertype, l3, available)?;
     check_link_destination(packet, fib)?;
-    packet.out = packet.tuple;
     let settings = tables.settings.ports.get(usize::from(packet.port)).copied().unwrap_or_default();
+    if let Some(overlay) = &fib.overlay
+        && overlay::is_ours(packet, overlay)
+    {
+        let inner = overlay::open(packet, overlay, settings)?;
+        packet_ip(packet, inner.ethertype, inner.l3, inner.available).map_err(overlay::no_punt)?;
+        overlay::check_inner(packet, &inner, fib)?;
+    }
+    packet.out = packet.tuple;
     if packet.layer4 != Layer4::Fragment {
         parse_l4(packet, 0, settings);
         return Ok(());
@@ -52,6 +59,17 @@ fn packet_headers(packet: &mut Packet, tables: &Tables, fib: &Fib) -> Result<(),
             Err(drop(Reason::SpoofedSource))
         }
         Part::Whole | Part::Fragment(_) => Err(Verdict::Gather),
+    }
+}
+
+/// Reads the IP header at `l3` of the frame, behind which there are `available` bytes, itself included.
+#[inline]
+fn packet_ip(packet: &mut Packet, ethertype: u16, l3: usize, available: usize) -> Result<(), Verdict> {
+    packet.l3 = l3 as u16;
+    match ethertype {
+        ethernet::ethertype::IPV4 => parse_v4(packet, available),
+        ethernet::ethertype::IPV6 => parse_v6(packet, available),
+        _ => Err(Verdict::Punt),
     }
 }
 

@@ -424,7 +424,7 @@ impl Gateway {
 }
 
 fn fib() -> Fib {
-    let hop = |port, gateway: &str, mac| NextHop { port, gateway: addr(gateway), mac: Some(mac), mtu: 1500 };
+    let hop = |port, gateway: &str, mac| NextHop { port, gateway: addr(gateway), mac: Some(mac), mtu: 1500, tunnel: None };
     let link = |port, v4: &str, v6: &str| PortLink {
         mac: port_mac(port),
         mtu: 1500,
@@ -446,6 +446,7 @@ fn fib() -> Fib {
         routes: Arc::new(Lpm::build(routes.map(|(net, route)| (net.parse().unwrap(), route)))),
         next_hops: vec![hop(OUTSIDE, "198.51.100.254", CLIENT_MAC), hop(INSIDE, "10.0.0.2", NODE_MAC)],
         ports: vec![link(OUTSIDE, "198.51.100.1", "2001:db8:1::1"), link(INSIDE, "10.0.0.1", "fd00:1::1")],
+        overlay: None,
     }
 }
 

@@ -1,13 +1,14 @@
 //! Who an address is, and how pods are reached: from Nodes, Pods and the ranges of the gateway file.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use config::control::Kind;
-use config::gateway::Gateway;
+use config::gateway::{Gateway, OverlayKind};
 use ipnet::IpNet;
 
 use crate::addr::Addr;
-use crate::control::facts::{Facts, PodFacts};
+use crate::control::facts::{Facts, NodeFacts, PodFacts};
 use crate::control::state::{Claim, State, Touch};
 use crate::table::lpm::Lpm;
 use crate::tables::Identity;
@@ -46,17 +47,39 @@ pub fn is_pod_address(state: &State, gateway: &Gateway, addr: Addr) -> bool {
     gateway.gateway.cluster_cidrs.iter().any(|net| net.contains(&ip)) || state.claims().in_pod_cidr(ip)
 }
 
-/// Routes to pods: each podCIDR by the InternalIP of its Node, of the same family. Not to our own pods, which the kernel
-/// routes, and not to a Node without an InternalIP of that family.
+/// Routes to pods: each podCIDR by the InternalIP of its Node, of the same family, or by whichever there is a tunnel to. Not to our
+/// own pods, which the kernel routes, and not to a Node without such an InternalIP.
 pub fn pod_routes(state: &State, gateway: &Gateway) -> Vec<(IpNet, Addr)> {
-    let others = state.nodes().filter(|(entry, _)| entry.reference.name != gateway.gateway.name);
-    let routes = others.flat_map(|(_, node)| {
+    let routes = others(state, gateway).flat_map(|node| {
         node.pod_cidrs.iter().filter_map(|(net, _)| {
             let of_family = |addr: &&Addr| addr.is_v4() == net.addr().is_ipv4();
-            Some((*net, *node.internal_ips.iter().find(of_family)?))
+            let native = || node.internal_ips.iter().find(of_family).copied();
+            Some((*net, tunnel_end(node, gateway).or_else(native)?))
         })
     });
     routes.collect()
+}
+
+/// Nodes that are reached by a tunnel: where it ends, and the link-layer address of the node's VXLAN device, if it is known.
+pub fn tunnels(state: &State, gateway: &Gateway) -> BTreeMap<Addr, Option<[u8; 6]>> {
+    let mac = |node: &NodeFacts| node.vxlan_mac.or(gateway.overlay.mac).map(|mac| mac.0);
+    others(state, gateway).filter_map(|node| Some((tunnel_end(node, gateway)?, mac(node)))).collect()
+}
+
+/// Where a tunnel to a node ends, if it is reached by one: its first InternalIP of a family that we have an address of.
+pub fn tunnel_end(node: &NodeFacts, gateway: &Gateway) -> Option<Addr> {
+    let overlay = &gateway.overlay;
+    let is_vxlan = node.overlay.unwrap_or(overlay.default) == OverlayKind::Vxlan;
+    let is_ours = |addr: &&Addr| {
+        overlay.addresses.is_empty() || overlay.addresses.iter().any(|own| own.is_ipv4() == addr.is_v4())
+    };
+    node.internal_ips.iter().find(is_ours).filter(|_| is_vxlan).copied()
+}
+
+/// Every Node but our own.
+fn others<'s>(state: &'s State, gateway: &'s Gateway) -> impl Iterator<Item = &'s NodeFacts> {
+    let others = state.nodes().filter(|(entry, _)| entry.reference.name != gateway.gateway.name);
+    others.map(|(_, node)| node)
 }
 
 /// True if a change touches what is read from Nodes.
