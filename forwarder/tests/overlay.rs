@@ -232,7 +232,7 @@ fn who_may_not_send_is_dropped_by_name() {
         (INSIDE, wrapped(ends, &udp(addr("fe80::1"), 1, addr("fe80::2"), 1, b"")), Reason::OverlayPayload),
         (INSIDE, change(39, 200), Reason::Truncated),
         (INSIDE, change(39, 29), Reason::Truncated),
-        (INSIDE, change(66, 0), Reason::BadIpChecksum),
+        (INSIDE, change(72, 3), Reason::BadIpChecksum),
     ] {
         assert_eq!(gateway.judge(port, &frame).0, Verdict::Drop(reason));
     }

@@ -119,9 +119,9 @@ fn reaches_pods(name: &str, ends: (&str, &str)) {
     let route = routes.lines().find(|line| line.starts_with("10.244.1.0/24")).unwrap_or_default();
     assert!(route.contains("vxlan") && route.contains(&mtu.to_string()), "{routes}");
 
+    let url = format!("http://{VIP}/slow");
+    let args = ["-o", "/dev/null", "-w", "%{size_download}", "--max-time", "60", &url];
     std::thread::scope(|scope| {
-        let url = format!("http://{VIP}/slow");
-        let args = ["-o", "/dev/null", "-w", "%{size_download}", "--max-time", "60", &url];
         let download = scope.spawn(|| cluster.curl(&args));
         for _ in 0..2 {
             std::thread::sleep(Duration::from_millis(1000));

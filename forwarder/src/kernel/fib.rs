@@ -626,6 +626,52 @@ mod tests {
     }
 
     #[test]
+    fn pods_behind_a_tunnel_are_reached_by_the_way_to_their_node_with_less_room() {
+        let mut world = World::new();
+        world.routes.push(unicast("10.50.0.0/16", 3, "10.0.0.50"));
+        world.neighbor(3, "10.0.0.50", REACHABLE, 50);
+        world.pod_route("10.244.1.0/24", "10.0.0.11");
+        world.pod_route("10.244.2.0/24", "10.50.0.2"); // behind a router
+        world.pod_route("fd00:244:2::/64", "10.50.0.2"); // another family inside
+        world.pod_route("10.244.3.0/24", "fd00::3");
+        world.pod_route("10.244.4.0/24", "10.0.0.4"); // its device is not known
+        world.pod_route("10.244.5.0/24", "10.0.0.5"); // without a tunnel
+        let mac = |last| Some([2, 0, 0, 0, 9, last]);
+        let nodes = [("fd00::3", mac(3)), ("10.50.0.2", mac(2)), ("10.0.0.11", mac(11)), ("10.0.0.4", None)];
+        world.wanted.overlay.nodes = nodes.map(|(node, mac)| (ip(node).into(), mac)).into();
+        (world.wanted.overlay.vni, world.wanted.overlay.port) = (7, 4789);
+        let forwarding = world.build();
+        let overlay = forwarding.overlay.clone().unwrap();
+        assert_eq!((overlay.vni, overlay.port, overlay.tunnels.len()), (7, 4789, 3));
+        assert_eq!(overlay.addresses, ["192.0.2.1", "10.0.0.1", "fd00::1"].map(|own| ip(own).into()));
+        for (pod, node, local, last, mtu) in [
+            ("10.244.1.9", "10.0.0.11", "10.0.0.1", 11, 1450),
+            ("10.244.2.9", "10.50.0.2", "10.0.0.1", 2, 1450),
+            ("fd00:244:2::9", "10.50.0.2", "10.0.0.1", 2, 1450),
+            ("10.244.3.9", "fd00::3", "fd00::1", 3, 1430),
+        ] {
+            let hop = next_hop(&forwarding, pod);
+            assert_eq!(hop.tunnel, overlay.tunnel_of(ip(node).into()), "{pod}");
+            let tunnel = overlay.tunnels[usize::from(hop.tunnel.unwrap())];
+            assert_eq!((tunnel.node, tunnel.local), (ip(node).into(), ip(local).into()), "{pod}");
+            assert_eq!((tunnel.mac, hop.mtu), (mac(last).unwrap(), mtu), "{pod}");
+        }
+        assert_eq!(next_hop(&forwarding, "10.244.2.9").mac, Some([2, 0, 0, 0, 1, 50]));
+        assert_eq!(lookup(&forwarding, "10.244.4.9"), Some(Route::Blackhole));
+        assert_eq!(next_hop(&forwarding, "10.244.5.9").tunnel, None);
+
+        world.wanted.overlay.mtu = Some(1400);
+        world.wanted.overlay.addresses = vec![ip("192.0.2.7").into()];
+        let forwarding = world.build();
+        assert_eq!(next_hop(&forwarding, "10.244.1.9").mtu, 1350);
+        let overlay = forwarding.overlay.clone().unwrap();
+        assert!(overlay.tunnels.iter().all(|tunnel| tunnel.local == ip("192.0.2.7").into()));
+        assert_eq!(overlay.addresses, [ip("192.0.2.7").into()]);
+        let lookup = lookup(&forwarding, "10.244.3.9");
+        assert_eq!(lookup, Some(Route::Blackhole), "no address of ours of that family");
+    }
+
+    #[test]
     fn endpoints_on_the_link_are_needed_before_they_are_resolved() {
         let mut world = World::new();
         world.wanted.endpoints = vec![ip("10.0.0.77").into(), ip("198.51.100.1").into()];

@@ -189,4 +189,52 @@ status: {addresses: [{type: InternalIP, address: 192.168.0.3}]}
             ["10.244.1.0/24 via 192.168.0.1", "fd00:244:1::/64 via fd00::1", "fd00:244:2::/64 via fd00::2"]
         );
     }
+
+    #[test]
+    fn tunnels_by_annotation_or_by_the_file() {
+        let node = |name: &str, annotations: &str, ips: &str| {
+            let ips: Vec<_> =
+                ips.split(' ').map(|ip| format!("{{type: InternalIP, address: '{ip}'}}")).collect();
+            let last = name.trim_start_matches('n');
+            format!(
+                "kind: Node\nmetadata: {{name: {name}, annotations: {{{annotations}}}}}\n\
+                 spec: {{podCIDRs: [10.244.{last}.0/24, 'fd00:244:{last}::/64']}}\nstatus: {{addresses: [{}]}}\n",
+                ips.join(", ")
+            )
+        };
+        let nodes = [
+            node("n1", "towpath.dev/overlay: native", "10.0.0.1 fd00::1"),
+            node("n2", "towpath.dev/overlay: vxlan, towpath.dev/vxlan-mac: '02:00:00:00:00:02'", "fd00::2 10.0.0.2"),
+            node("n3", "", "10.0.0.3"),
+        ]
+        .join("---\n");
+        let name = "[gateway]\nname = 'gw'\n";
+        let with = |overlay: &str| {
+            let cluster = Cluster::new(&format!("{name}{overlay}"), &nodes);
+            let tunnels: Vec<_> = tunnels(&cluster.state, &cluster.gateway)
+                .into_iter()
+                .map(|(node, mac)| (node.to_string(), mac.map(|mac| mac[5])))
+                .collect();
+            let routes = pod_routes(&cluster.state, &cluster.gateway);
+            let routes: Vec<_> = routes.iter().map(|(net, node)| format!("{net} {node}")).collect();
+            (tunnels, routes)
+        };
+        let (tunnels, routes) = with("");
+        assert_eq!(tunnels, [("fd00::2".to_owned(), Some(2))]);
+        assert_eq!(
+            routes,
+            [
+                "10.244.1.0/24 10.0.0.1",
+                "fd00:244:1::/64 fd00::1",
+                "10.244.2.0/24 fd00::2",
+                "fd00:244:2::/64 fd00::2",
+                "10.244.3.0/24 10.0.0.3",
+            ]
+        );
+        let (tunnels, routes) = with("[overlay]\ndefault = 'vxlan'\naddresses = ['10.0.0.9']\n");
+        assert_eq!(tunnels, [("10.0.0.2".to_owned(), Some(2)), ("10.0.0.3".to_owned(), None)]);
+        assert_eq!(routes[2..], ["10.244.2.0/24 10.0.0.2", "fd00:244:2::/64 10.0.0.2", "10.244.3.0/24 10.0.0.3", "fd00:244:3::/64 10.0.0.3"]);
+        let (tunnels, _) = with("[overlay]\ndefault = 'vxlan'\nmac = '02:00:00:00:00:77'\n");
+        assert_eq!(tunnels, [("10.0.0.3".to_owned(), Some(0x77)), ("fd00::2".to_owned(), Some(2))]);
+    }
 }
