@@ -36,8 +36,7 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
 /// on a transmit ring. False: the answer does not fit the frame, nothing is to be sent.
 #[inline]
 pub fn rewrite(packet: &mut Packet, tails: &[Frame], fib: &Fib) -> bool {
-    overlay::strip(packet);
-    rewrite::apply(packet, tails, fib) && overlay::encapsulate(packet, tails, fib)
+    overlay::rewrite(packet, tails, fib, rewrite::apply)
 }
 
 /// What the pipeline reads and writes besides the burst.

@@ -5,8 +5,8 @@ mod rig;
 
 use forwarder::verdict::{Reason, Verdict};
 use rig::{
-    CLIENT, CLIENT_MAC, Gateway, INSIDE, NODE_MAC, OUTSIDE, POD_1, POD_2, VIP, VTEP_MAC, addr, checksums_right,
-    destination, echo, port_mac, ports, set_ttl, source, syn, tcp, udp,
+    CLIENT, CLIENT_MAC, Gateway, INSIDE, NODE_MAC, OUTSIDE, POD_1, POD_2, VIP, VTEP_MAC, addr,
+    checksums_right, destination, echo, port_mac, ports, set_ttl, source, syn, tcp, udp,
 };
 
 const SYN: u8 = 0x02;
@@ -45,7 +45,11 @@ fn unwrapped(ends: (&str, &str), frame: &[u8]) -> Vec<u8> {
     let udp_len = usize::from(u16::from_be_bytes([frame[vxlan - 4], frame[vxlan - 3]]));
     assert_eq!(vxlan - 8 + udp_len, frame.len());
     if vxlan == 42 {
-        assert_eq!((&frame[20..23], &frame[40..42]), (&[0x40, 0, 64][..], &[0, 0][..]), "DF, TTL, no checksum");
+        assert_eq!(
+            (&frame[20..23], &frame[40..42]),
+            (&[0x40, 0, 64][..], &[0, 0][..]),
+            "DF, TTL, no checksum"
+        );
         assert_eq!(usize::from(u16::from_be_bytes([frame[16], frame[17]])), frame.len() - 14);
     } else {
         assert_eq!(frame[21], 64);
@@ -176,8 +180,12 @@ fn ecn_is_combined_on_the_way_out_and_copied_on_the_way_in() {
         4 => frame[at + 1],
         _ => frame[at] << 4 | frame[at + 1] >> 4,
     };
-    let table = [[Some(0), Some(0), Some(0), None], [Some(1), Some(1), Some(1), Some(3)],
-        [Some(2), Some(1), Some(2), Some(3)], [Some(3); 4]];
+    let table = [
+        [Some(0), Some(0), Some(0), None],
+        [Some(1), Some(1), Some(1), Some(3)],
+        [Some(2), Some(1), Some(2), Some(3)],
+        [Some(3); 4],
+    ];
     for ends in ENDS {
         for (client, pod) in PAIRS {
             for (inner, outer) in (0..16u8).map(|i| (i / 4, i % 4)) {
@@ -282,7 +290,8 @@ fn answers_of_the_gateway_go_back_by_the_tunnel() {
         assert_eq!((source(&inner), destination(&inner)), (addr("10.0.0.1"), POD_1));
         assert!(checksums_right(&inner));
         // A ping of an address of a Service, and a connection to a port that it does not have.
-        let back = gateway.answered(INSIDE, Reason::EchoAnswered, &wrapped(ends, &echo(POD_1, VIP, 9, b"ping")));
+        let back =
+            gateway.answered(INSIDE, Reason::EchoAnswered, &wrapped(ends, &echo(POD_1, VIP, 9, b"ping")));
         let inner = unwrapped_answer(ends, &back);
         assert_eq!((source(&inner), destination(&inner)), (VIP, POD_1));
         let closed = tcp(POD_1, 4242, VIP, 81, SYN, b"");

@@ -29,7 +29,8 @@ fn gateway_file() -> String {
 fn behind_vxlan(cluster: &Cluster, (node, gateway): (&str, &str), mtu: u32) {
     let ip = |args: &str| cluster.node.ip(args).unwrap();
     ip(&format!("link add vx0 address {VTEP} type vxlan id 77 local {node} remote {gateway} dstport 8472"));
-    ip(&format!("link set vx0 mtu {mtu} up"));
+    // Without an address of its own it tells nobody of itself.
+    ip(&format!("link set vx0 mtu {mtu} addrgenmode none up"));
     for via in ["169.254.1.1", "fe80::1"] {
         ip(&format!("neigh add {via} lladdr {FABRIC} dev vx0 nud permanent"));
         ip(&format!("route replace default via {via} dev vx0 onlink"));
@@ -60,7 +61,10 @@ fn through_vxlan(cluster: &Cluster) -> [u64; 2] {
 fn native_node(cluster: &Cluster, name: &str) -> Namespace {
     let node = Namespace::new(name).unwrap();
     node.sysctl(&["net.ipv6.conf.all.accept_dad=0", "net.ipv6.conf.default.accept_dad=0"]).unwrap();
-    let link = format!("link add n2 link n0 netns {} address 02:00:00:00:03:12 type macvlan mode bridge", node.name());
+    let link = format!(
+        "link add n2 link n0 netns {} address 02:00:00:00:03:12 type macvlan mode bridge",
+        node.name()
+    );
     cluster.node.ip(&link).unwrap();
     for args in [
         "link set n2 up",
@@ -107,14 +111,14 @@ fn reaches_pods(name: &str, ends: (&str, &str)) {
     for (behind, plain) in [(pod_v4(1), NATIVE[0]), (pod_v6(1), NATIVE[1])] {
         native.run("ping", &["-c", "3", "-i", "0.2", "-W", "2", "-I", plain, &behind]).unwrap();
         cluster.node.run("ping", &["-c", "3", "-i", "0.2", "-W", "2", "-I", &behind, plain]).unwrap();
-        let url = if plain.contains(':') { format!("http://[{behind}]/") } else { format!("http://{behind}/") };
-        let answer =
-            native.run("curl", &["-sS", "--max-time", "20", "--interface", plain, &url]).unwrap();
+        let url =
+            if plain.contains(':') { format!("http://[{behind}]/") } else { format!("http://{behind}/") };
+        let answer = native.run("curl", &["-sS", "--max-time", "20", "--interface", plain, &url]).unwrap();
         assert_eq!(answer, format!("{behind} {plain}\n"));
     }
-    // All of it was in the tunnel, both ways: a download alone is 14,000 packets.
+    // All of it was in the tunnel, both ways. What the node sends is counted in segments of up to 64 KiB.
     let [received, sent] = through_vxlan(&cluster);
-    assert!(received > 5_000 && sent > 40_000, "{received} received, {sent} sent");
+    assert!(received > 5_000 && sent > 5_000, "{received} received, {sent} sent");
     let routes = cluster.daemon().ctl(&["get", "routes", "-o", "wide"]).unwrap();
     let route = routes.lines().find(|line| line.starts_with("10.244.1.0/24")).unwrap_or_default();
     assert!(route.contains("vxlan") && route.contains(&mtu.to_string()), "{routes}");
@@ -129,7 +133,7 @@ fn reaches_pods(name: &str, ends: (&str, &str)) {
         }
         assert_eq!(download.join().unwrap().unwrap(), "20000000");
     });
-    cluster.finish(&["no_flow"]).unwrap();
+    cluster.finish(&["no_flow", "interrupted"]).unwrap();
 }
 
 #[test]
@@ -169,11 +173,11 @@ fn what_is_too_long_for_the_tunnel_is_told_cut_or_refused() {
 
     // A device with too large an MTU makes fragments of outer packets.
     cluster.node.ip("link set vx0 mtu 1600").unwrap();
-    let (reached, text) =
-        ping(&cluster.node, &["-M", "do", "-s", "1500", "-I", &pod_v4(1), "198.51.100.2"]);
+    let (reached, text) = ping(&cluster.node, &["-M", "do", "-s", "1500", "-I", &pod_v4(1), "198.51.100.2"]);
     assert!(!reached, "{text}");
     let drops = cluster.daemon().drops().unwrap();
-    assert_eq!(drops.get("overlay_fragment"), Some(&4), "two pings in two fragments: {drops:?}");
+    // The first ping, in two fragments; then the node's kernel knows.
+    assert_eq!(drops.get("overlay_fragment"), Some(&2), "{drops:?}");
     cluster.finish(&["packet_too_big", "overlay_fragment", "no_flow"]).unwrap();
 }
 
@@ -190,13 +194,18 @@ fn only_nodes_speak_in_the_tunnel_and_only_for_their_pods() {
     assert!(!ping("10.244.9.9").status.success());
     cluster.node.ip("address add 10.2.0.99/24 dev n0").unwrap();
     cluster.node.ip("link del vx0").unwrap();
-    let link = format!("link add vx0 address {VTEP} type vxlan id 77 local 10.2.0.99 remote 10.2.0.1 dstport 8472");
+    let link =
+        format!("link add vx0 address {VTEP} type vxlan id 77 local 10.2.0.99 remote 10.2.0.1 dstport 8472");
     cluster.node.ip(&link).unwrap();
-    cluster.node.ip("link set vx0 mtu 1450 up").unwrap();
+    cluster.node.ip("link set vx0 mtu 1450 addrgenmode none up").unwrap();
     cluster.node.ip(&format!("neigh add 169.254.1.1 lladdr {FABRIC} dev vx0 nud permanent")).unwrap();
     cluster.node.ip("route replace default via 169.254.1.1 dev vx0 onlink").unwrap();
     assert!(!ping(&pod_v4(1)).status.success());
     let drops = cluster.daemon().drops().unwrap();
-    assert_eq!((drops.get("overlay_inner_source"), drops.get("overlay_source")), (Some(&2), Some(&2)), "{drops:?}");
-    cluster.finish(&["overlay_inner_source", "overlay_source", "no_flow", "overlay_payload"]).unwrap();
+    assert_eq!(
+        (drops.get("overlay_inner_source"), drops.get("overlay_source")),
+        (Some(&2), Some(&2)),
+        "{drops:?}"
+    );
+    cluster.finish(&["overlay_inner_source", "overlay_source", "no_flow"]).unwrap();
 }

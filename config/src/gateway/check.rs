@@ -151,7 +151,9 @@ fn overlay(gateway: &Gateway, faults: &mut Vec<Fault>) {
     if overlay.port == 0 {
         faults.push(invalid("overlay.port", 0, "port 0 is no port", "use 4789, or 8472 as flannel does"));
     }
-    for (range, name) in [(gateway.snat.ports, "the masquerade ports"), (NODE_PORTS, "the range of NodePorts")] {
+    for (range, name) in
+        [(gateway.snat.ports, "the masquerade ports"), (NODE_PORTS, "the range of NodePorts")]
+    {
         if range.contains(overlay.port) {
             let message = format!("lies in {name}, {range}");
             let remedy = "use 4789, or 8472 as flannel does";

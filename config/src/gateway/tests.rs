@@ -37,7 +37,10 @@ fn defaults_are_those_of_the_documentation() {
     assert_eq!(gateway.gateway.external_traffic_policy, LocalPolicy::Frontend);
     assert_eq!(gateway.health.listen.to_string(), "0.0.0.0:10256");
     assert_eq!(gateway.gateway.lb_algorithm, Algorithm::Maglev);
-    assert_eq!((gateway.overlay.default, gateway.overlay.vni, gateway.overlay.port), (OverlayKind::Native, 1, 4789));
+    assert_eq!(
+        (gateway.overlay.default, gateway.overlay.vni, gateway.overlay.port),
+        (OverlayKind::Native, 1, 4789)
+    );
     assert_eq!(gateway.frames_per_worker(), 32768);
     assert_eq!(gateway.outside_ports().collect::<Vec<_>>(), [0]);
     assert_eq!(gateway.inside_ports().collect::<Vec<_>>(), [1]);

@@ -30,7 +30,8 @@ pub struct Rules<'a> {
 impl Rules<'_> {
     /// True if `addr` is an address of the gateway itself.
     pub fn is_own(&self, addr: Addr) -> bool {
-        self.own.contains(&addr) || self.gateway.masquerade_addresses().any(|own| Addr::from(own) == addr)
+        let given = self.gateway.masquerade_addresses().chain(self.gateway.overlay.addresses.iter().copied());
+        self.own.contains(&addr) || given.into_iter().any(|own| Addr::from(own) == addr)
     }
 }
 
@@ -264,8 +265,10 @@ impl Judge<'_> {
             && !node.pod_cidrs.is_empty()
             && self.me.name != self.rules.gateway.gateway.name
         {
-            let message = "missing, and without it the node's VXLAN device takes no packet: its pods are not reached";
-            let fault = Fault::new(Code::Ignored, message).field("metadata.annotations.towpath.dev/vxlan-mac");
+            let message =
+                "missing, and without it the node's VXLAN device takes no packet: its pods are not reached";
+            let fault =
+                Fault::new(Code::Ignored, message).field("metadata.annotations.towpath.dev/vxlan-mac");
             let remedy = "annotate the Node with the address that `ip link` shows of the device, or set overlay.mac in the gateway file";
             self.found.warnings.push(fault.remedy(remedy));
         }

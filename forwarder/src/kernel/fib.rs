@@ -20,8 +20,8 @@ use ipnet::IpNet;
 
 use super::snapshot::{Hop, KernelRoute, Neighbor, RouteKind, Snapshot, Table};
 use crate::addr::Addr;
-use crate::table::lpm::Lpm;
 use crate::stage::overlay::overhead;
+use crate::table::lpm::Lpm;
 use crate::tables::{Fib, NextHop, Overlay, PortLink, Route, Tunnel};
 
 /// What Kubernetes objects ask of the forwarding table.
@@ -97,8 +97,18 @@ pub fn build(snapshot: &Snapshot, wanted: &Wanted, ports: &[String]) -> Forwardi
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Target {
     /// `node`: where the tunnel ends that packets travel in.
-    Gateway { port: u8, link: u32, gateway: Addr, mtu: u16, node: Option<Addr> },
-    OnLink { port: u8, link: u32, mtu: u16 },
+    Gateway {
+        port: u8,
+        link: u32,
+        gateway: Addr,
+        mtu: u16,
+        node: Option<Addr>,
+    },
+    OnLink {
+        port: u8,
+        link: u32,
+        mtu: u16,
+    },
     Local,
     Kernel,
     Blackhole,
@@ -202,7 +212,9 @@ impl Builder<'_> {
         };
         let mtu = route_mtu.map_or(link_mtu, |mtu| mtu.min(link_mtu as u32) as u16);
         match hop.gateway {
-            Some(gateway) => Target::Gateway { port, link: hop.link, gateway: gateway.into(), mtu, node: None },
+            Some(gateway) => {
+                Target::Gateway { port, link: hop.link, gateway: gateway.into(), mtu, node: None }
+            }
             None => Target::OnLink { port, link: hop.link, mtu },
         }
     }
@@ -232,7 +244,8 @@ impl Builder<'_> {
         }
         if !tunnels.is_empty() {
             let WantedOverlay { vni, port, .. } = wanted.overlay;
-            let (addresses, tunnels) = (self.overlay_addresses(&wanted.overlay), tunnels.into_values().collect());
+            let (addresses, tunnels) =
+                (self.overlay_addresses(&wanted.overlay), tunnels.into_values().collect());
             self.forwarding.overlay = Some(Overlay { vni, port, addresses, tunnels });
         }
         let mut targets = kernel;
@@ -251,7 +264,8 @@ impl Builder<'_> {
         overlay: &WantedOverlay,
         tunnels: &mut BTreeMap<Addr, Tunnel>,
     ) -> Target {
-        let (Some(mac), Target::Gateway { port, link, gateway, mtu, .. }) = (overlay.nodes.get(&node), way) else {
+        let (Some(mac), Target::Gateway { port, link, gateway, mtu, .. }) = (overlay.nodes.get(&node), way)
+        else {
             return way;
         };
         let link_of = &self.forwarding.ports[usize::from(port)];

@@ -109,7 +109,7 @@ impl Batch {
                         self.drop_datagram(next, Reason::TxTooLong);
                     } else if leaves && packet.cut_to != 0 && packet.part != Part::Later {
                         self.cut(next, tail, pool, fib);
-                    } else if packet.verdict == Verdict::Punt {
+                    } else if packet.verdict == Verdict::Punt && packet.from_tunnel.is_some() {
                         overlay::strip(packet);
                     }
                     tail += usize::from(self.tail_counts[next]);

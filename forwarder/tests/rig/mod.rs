@@ -308,8 +308,7 @@ impl Gateway {
         overlay.tunnels.push(Tunnel { node, local, mac: VTEP_MAC });
         let tunnel = Some(overlay.tunnels.len() as u16 - 1);
         let mtu = 1500 - forwarder::stage::overlay::overhead(node);
-        let hop =
-            NextHop { port: INSIDE, gateway: addr("10.0.0.2"), mac: Some(NODE_MAC), mtu, tunnel };
+        let hop = NextHop { port: INSIDE, gateway: addr("10.0.0.2"), mac: Some(NODE_MAC), mtu, tunnel };
         let index = self.fib.next_hops.len() as u32;
         self.fib.next_hops.push(hop);
         let more = nets.iter().map(|net| (net.parse().unwrap(), Route::NextHop(index)));
@@ -443,7 +442,13 @@ impl Gateway {
 }
 
 fn fib() -> Fib {
-    let hop = |port, gateway: &str, mac| NextHop { port, gateway: addr(gateway), mac: Some(mac), mtu: 1500, tunnel: None };
+    let hop = |port, gateway: &str, mac| NextHop {
+        port,
+        gateway: addr(gateway),
+        mac: Some(mac),
+        mtu: 1500,
+        tunnel: None,
+    };
     let link = |port, v4: &str, v6: &str| PortLink {
         mac: port_mac(port),
         mtu: 1500,

@@ -204,7 +204,11 @@ status: {addresses: [{type: InternalIP, address: 192.168.0.3}]}
         };
         let nodes = [
             node("n1", "towpath.dev/overlay: native", "10.0.0.1 fd00::1"),
-            node("n2", "towpath.dev/overlay: vxlan, towpath.dev/vxlan-mac: '02:00:00:00:00:02'", "fd00::2 10.0.0.2"),
+            node(
+                "n2",
+                "towpath.dev/overlay: vxlan, towpath.dev/vxlan-mac: '02:00:00:00:00:02'",
+                "fd00::2 10.0.0.2",
+            ),
             node("n3", "", "10.0.0.3"),
         ]
         .join("---\n");
@@ -233,7 +237,15 @@ status: {addresses: [{type: InternalIP, address: 192.168.0.3}]}
         );
         let (tunnels, routes) = with("[overlay]\ndefault = 'vxlan'\naddresses = ['10.0.0.9']\n");
         assert_eq!(tunnels, [("10.0.0.2".to_owned(), Some(2)), ("10.0.0.3".to_owned(), None)]);
-        assert_eq!(routes[2..], ["10.244.2.0/24 10.0.0.2", "fd00:244:2::/64 10.0.0.2", "10.244.3.0/24 10.0.0.3", "fd00:244:3::/64 10.0.0.3"]);
+        assert_eq!(
+            routes[2..],
+            [
+                "10.244.2.0/24 10.0.0.2",
+                "fd00:244:2::/64 10.0.0.2",
+                "10.244.3.0/24 10.0.0.3",
+                "fd00:244:3::/64 10.0.0.3"
+            ]
+        );
         let (tunnels, _) = with("[overlay]\ndefault = 'vxlan'\nmac = '02:00:00:00:00:77'\n");
         assert_eq!(tunnels, [("10.0.0.3".to_owned(), Some(0x77)), ("fd00::2".to_owned(), Some(2))]);
     }

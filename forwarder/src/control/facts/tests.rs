@@ -416,9 +416,15 @@ fn nodes_say_how_their_pods_are_reached() {
         assert_eq!(node(annotations), (overlay, mac, String::new()), "{annotations}");
     }
     let (_, _, warning) = node("towpath.dev/overlay: geneve");
-    assert!(warning.contains("towpath.dev/overlay: geneve") && warning.contains("use native or vxlan"), "{warning}");
+    assert!(
+        warning.contains("towpath.dev/overlay: geneve") && warning.contains("use native or vxlan"),
+        "{warning}"
+    );
     let (_, mac, warning) = node("towpath.dev/vxlan-mac: vtep");
-    assert!(mac.is_none() && warning.contains("vxlan-mac: vtep") && warning.contains("such as 02:"), "{warning}");
+    assert!(
+        mac.is_none() && warning.contains("vxlan-mac: vtep") && warning.contains("such as 02:"),
+        "{warning}"
+    );
     let (_, _, warning) = node("towpath.dev/vxlan: 'on'");
     assert!(warning.contains("use towpath.dev/overlay, towpath.dev/vxlan-mac"), "{warning}");
 }

@@ -1,8 +1,8 @@
 //! Packets inside packets: between us and nodes whose pods are behind a tunnel.
 //!
 //! The parse stage looks into packets that come by a tunnel ([`is_ours`], [`open`], [`check_inner`]), and from there on the inner one
-//! is judged like any other, with the outer headers still in front of it. The rewrite takes them off ([`strip`]) and puts new ones on
-//! ([`encapsulate`]). What is special about VXLAN is in [`vxlan`]; another encapsulation is another file beside it.
+//! is judged like any other, with the outer headers still in front of it. The rewrite takes them off and puts new ones on
+//! ([`rewrite`]). What is special about VXLAN is in [`vxlan`]; another encapsulation is another file beside it.
 //!
 //! DSCP and ECN are copied to the outer header, and congestion that is met outside is told inside (RFC 6040, normal mode). The outer
 //! hop count is our own; the inner one counts the gateway as the router that it is. Outer packets are never fragmented: routes
@@ -12,10 +12,10 @@ mod vxlan;
 #[cfg(test)]
 mod tests;
 
-use af_xdp::Frame;
+use af_xdp::{Frame, HEAD_LEN};
 
 use crate::addr::{Addr, protocol};
-use crate::packet::{Layer4, Packet, Part};
+use crate::packet::{Layer4, Packet, Part, Rewrite};
 use crate::tables::{Fib, Overlay, PortSettings, Route, Tunnel};
 use crate::verdict::{Reason, Verdict};
 use crate::wire::checksum::{self, Delta};
@@ -36,6 +36,9 @@ mod ecn {
     /// Congestion experienced.
     pub const CE: u8 = 3;
 }
+
+/// Bytes of outer headers with two VLAN tags at most.
+const MAX_LEN: usize = ethernet::HEADER_LEN + 2 * ethernet::TAG_LEN + ipv6::HEADER_LEN + vxlan::LEN;
 
 /// How much longer packets become in a tunnel to `node`.
 pub const fn overhead(node: Addr) -> u16 {
@@ -123,20 +126,36 @@ fn combine(inner: u8, outer: u8) -> Option<u8> {
     }
 }
 
-/// Takes the outer headers off a packet that came by a tunnel, before anything else is changed. The link-layer header of the outer
-/// packet, with its VLAN tags, is that of the inner one from here on, so that an answer finds its way back.
+/// Rewrites the frame of one packet by `apply`, taking it out of the tunnel that it came by and putting it into the one that it leaves
+/// by, if there are any. False: it does not fit.
 #[inline]
-pub fn strip(packet: &mut Packet) {
-    if packet.from_tunnel.is_some() {
-        strip_headers(packet);
+pub fn rewrite(
+    packet: &mut Packet,
+    tails: &[Frame],
+    fib: &Fib,
+    apply: impl Fn(&mut Packet, &[Frame], &Fib) -> bool,
+) -> bool {
+    // An answer is made of what it answers. Everything else is changed where it is, so that it can be had back as it came.
+    let is_replaced = matches!(packet.rewrite, Rewrite::Answer(_) | Rewrite::Reset);
+    if packet.from_tunnel.is_some() && is_replaced {
+        strip(packet);
     }
+    let fits = apply(packet, tails, fib);
+    if packet.from_tunnel.is_some() && !is_replaced {
+        strip(packet);
+    }
+    fits && encapsulate(packet, tails, fib)
 }
 
+/// Takes the outer headers off a packet that came by a tunnel. The link-layer header of the outer packet, with its VLAN tags, is that of
+/// the inner one from here on, so that an answer finds its way back.
 #[cold]
-fn strip_headers(packet: &mut Packet) {
+pub fn strip(packet: &mut Packet) {
     let inner_l3 = usize::from(packet.l3);
     let Some((_, outer_l3)) = ethernet::payload(packet.frame.data()) else { return };
-    let data = packet.frame.data_mut();
+    let frame = &mut packet.frame;
+    let is_in_head = inner_l3 + ipv4::HEADER_LEN <= HEAD_LEN;
+    let data = if is_in_head { frame.head_mut() } else { frame.data_mut() };
     let outer_ecn = tos(&data[outer_l3..]) & ecn::MASK;
     let inner = &mut data[inner_l3..];
     if let Some(ecn) = combine(tos(inner) & ecn::MASK, outer_ecn) {
@@ -145,15 +164,15 @@ fn strip_headers(packet: &mut Packet) {
     let shift = inner_l3 - outer_l3;
     // The inner ethertype stands right before the inner IP header already.
     data.copy_within(..outer_l3 - 2, shift);
-    let _ = packet.frame.trim_front(shift);
+    let _ = frame.trim_front(shift);
     packet.l3 -= shift as u16;
     packet.l4 -= shift as u16;
 }
 
 /// Puts a packet that is ready to leave into its tunnel, if it leaves by one: an answer goes back by the one that its cause came by.
-/// False: it does not fit. A datagram that is to be cut is left alone; its pieces go in by [`encapsulate_pieces`].
+/// A datagram that is to be cut is left alone; its pieces go in by [`encapsulate_pieces`].
 #[inline]
-pub fn encapsulate(packet: &mut Packet, tails: &[Frame], fib: &Fib) -> bool {
+fn encapsulate(packet: &mut Packet, tails: &[Frame], fib: &Fib) -> bool {
     let is_answer = matches!(packet.verdict, Verdict::Answer { .. });
     let by = if is_answer { packet.from_tunnel } else { packet.to_tunnel };
     let Some((overlay, tunnel)) = tunnel(by, fib) else { return true };
@@ -196,36 +215,33 @@ fn put_in(
     overlay: &Overlay,
     tunnel: &Tunnel,
 ) -> bool {
-    let Some(link) = frame.data().get(..l3) else { return false };
-    let mut link_header = [0u8; ethernet::HEADER_LEN + 2 * ethernet::TAG_LEN];
-    link_header[..l3].copy_from_slice(link);
-    let traffic_class = tos(&frame.data()[l3..]);
     let ip_header_len = ip_header_len(tunnel.node);
-    let outer_len = ip_header_len + vxlan::LEN + ip_len;
-    let Ok(len) = u16::try_from(outer_len) else { return false };
+    let Ok(len) = u16::try_from(ip_header_len + vxlan::LEN + ip_len) else { return false };
+    let Some(link) = frame.data().get(..l3) else { return false };
+    let traffic_class = tos(&frame.data()[l3..]);
+    let source = ethernet::source(link);
 
+    let mut headers = [0u8; MAX_LEN];
+    let l4 = l3 + ip_header_len;
+    let headers = &mut headers[..l4 + vxlan::LEN - ethernet::HEADER_LEN];
+    headers[..l3].copy_from_slice(link);
+    let ethertype = if tunnel.node.is_v4() { ethernet::ethertype::IPV4 } else { ethernet::ethertype::IPV6 };
+    headers[l3 - 2..l3].copy_from_slice(&ethertype.to_be_bytes());
+    write_ip_header(&mut headers[l3..], len, traffic_class, hash, tunnel);
+    vxlan::write(&mut headers[l4..], ip_len as u16, hash, overlay);
+
+    // The inner ethertype stands right before the inner IP header already.
     let inner_link = l3 - ethernet::HEADER_LEN;
-    let source = ethernet::source(&link_header);
-    ethernet::set_addresses(&mut frame.data_mut()[inner_link..], tunnel.mac, source);
-    let headers_len = l3 + ip_header_len + vxlan::LEN - ethernet::HEADER_LEN;
-    let fits = frame.trim_front(inner_link).is_ok() && frame.prepend(headers_len).is_ok();
-    if !fits {
+    ethernet::set_addresses(&mut frame.head_mut()[inner_link..], tunnel.mac, source);
+    if frame.trim_front(inner_link).is_err() {
         return false;
     }
-    let data = frame.data_mut();
-    data[..l3].copy_from_slice(&link_header[..l3]);
-    let ethertype =
-        if tunnel.node.is_v4() { ethernet::ethertype::IPV4 } else { ethernet::ethertype::IPV6 };
-    data[l3 - 2..l3].copy_from_slice(&ethertype.to_be_bytes());
-    write_ip_header(&mut data[l3..], len, traffic_class, hash, tunnel);
-    let l4 = l3 + ip_header_len;
-    vxlan::write(&mut data[l4..headers_len], ip_len as u16, hash, overlay);
     if !tunnel.node.is_v4() {
-        let parts = std::iter::once(&frame.data()[l4..]).chain(tails.iter().map(Frame::data));
+        let parts = [&headers[l4..], frame.data()].into_iter().chain(tails.iter().map(Frame::data));
         let sum = vxlan::checksum_of(parts, vxlan::LEN + ip_len, tunnel);
-        frame.data_mut()[l4 + 6..l4 + 8].copy_from_slice(&sum.to_be_bytes());
+        headers[l4 + 6..l4 + 8].copy_from_slice(&sum.to_be_bytes());
     }
-    true
+    frame.push_header(headers).is_ok()
 }
 
 /// The outer IP header of a packet of `len` bytes. It is never fragmented, so that its identification may be 0 (RFC 6864 section 4.1);
@@ -233,7 +249,6 @@ fn put_in(
 fn write_ip_header(to: &mut [u8], len: u16, traffic_class: u8, hash: u64, tunnel: &Tunnel) {
     if tunnel.node.is_v4() {
         let header = &mut to[..ipv4::HEADER_LEN];
-        header.fill(0);
         header[0] = 0x45;
         header[1] = traffic_class;
         header[2..4].copy_from_slice(&len.to_be_bytes());

@@ -37,14 +37,13 @@ pub fn open(in_frame: &[u8], len: usize, overlay: &Overlay) -> Result<(u16, usiz
     }
 }
 
-/// Writes UDP and VXLAN headers into `headers`. The checksum is zero, which is for IPv4 only; see [`checksum_of`]. `len`: bytes of
+/// Writes UDP and VXLAN headers into `headers`, which are zero. The checksum stays zero, which is for IPv4 only; see [`checksum_of`]. `len`: bytes of
 /// the inner packet. `hash`: of its connection, so that routers keep it on one way and others on other ways.
 pub fn write(headers: &mut [u8], len: u16, hash: u64, overlay: &Overlay) {
     let (udp_header, rest) = headers.split_at_mut(udp::HEADER_LEN);
     udp_header[0..2].copy_from_slice(&source_port(hash).to_be_bytes());
     udp_header[2..4].copy_from_slice(&overlay.port.to_be_bytes());
     udp_header[4..6].copy_from_slice(&(len + LEN as u16).to_be_bytes());
-    udp_header[6..8].fill(0);
     rest[..vxlan::HEADER_LEN].copy_from_slice(&vxlan::header(overlay.vni));
 }
 
