@@ -312,7 +312,8 @@ impl Gateway {
         let index = self.fib.next_hops.len() as u32;
         self.fib.next_hops.push(hop);
         let more = nets.iter().map(|net| (net.parse().unwrap(), Route::NextHop(index)));
-        self.fib.routes = Arc::new(Lpm::build(self.fib.routes.iter().chain(more)));
+        let to_node = [(IpAddr::from(node).into(), Route::NextHop(1))];
+        self.fib.routes = Arc::new(Lpm::build(self.fib.routes.iter().chain(to_node).chain(more)));
         self.fib.overlay = Some(Arc::new(overlay));
     }
 
