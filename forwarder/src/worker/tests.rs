@@ -17,6 +17,7 @@ use crate::tables::{NextHop, PortLink, PortSettings, Route, Settings};
 
 mod capture;
 mod fragments;
+mod overlay;
 
 const FRAMES: usize = 512;
 const NEXT_HOP_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
