@@ -2,7 +2,7 @@
 //!
 //! The parse stage looks into packets that come by a tunnel ([`is_ours`], [`open`], [`check_inner`]), and from there on the inner one
 //! is judged like any other, with the outer headers still in front of it. The rewrite takes them off and puts new ones on
-//! ([`rewrite`]). What is special about VXLAN is in [`vxlan`]; another encapsulation is another file beside it.
+//! ([`rewrite`]). What is special about VXLAN is in `vxlan.rs`; another encapsulation is another file beside it.
 //!
 //! DSCP and ECN are copied to the outer header, and congestion that is met outside is told inside (RFC 6040, normal mode). The outer
 //! hop count is our own; the inner one counts the gateway as the router that it is. Outer packets are never fragmented: routes
