@@ -175,10 +175,10 @@ pub fn strip(packet: &mut Packet) {
 fn encapsulate(packet: &mut Packet, tails: &[Frame], fib: &Fib) -> bool {
     let is_answer = matches!(packet.verdict, Verdict::Answer { .. });
     let by = if is_answer { packet.from_tunnel } else { packet.to_tunnel };
-    let Some((overlay, tunnel)) = tunnel(by, fib) else { return true };
-    if packet.cut_to != 0 && !is_answer {
+    if by.is_none() || packet.cut_to != 0 && !is_answer {
         return true;
     }
+    let Some((overlay, tunnel)) = tunnel(by, fib) else { return false };
     let l3 = usize::from(packet.l3);
     let tails = if packet.tail_len == 0 { &[] } else { tails };
     let ip_len = if tails.is_empty() { packet.frame.len() - l3 } else { usize::from(packet.ip_len) };
