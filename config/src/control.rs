@@ -499,6 +499,9 @@ pub struct NodeRow {
     pub ready: String,
     /// It is the gateway itself.
     pub this_gateway: bool,
+    /// How its pods are reached: `native` or `vxlan`.
+    #[serde(default)]
+    pub overlay: String,
     /// `metadata.creationTimestamp`, RFC 3339.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub created: Option<String>,
@@ -557,9 +560,12 @@ pub struct RouteRow {
     /// Link-layer address of the next hop, if it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
-    /// Largest IP packet, bytes.
+    /// Largest IP packet, bytes: in an overlay, of those inside.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
+    /// The overlay that packets travel in, and the node where it ends, such as `vxlan:10.0.0.2`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<String>,
 }
 
 /// A neighbor.

@@ -6,6 +6,7 @@
 mod check;
 mod health;
 mod locate;
+mod overlay;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -20,6 +21,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::fault::{Code, Fault, Source};
 
 pub use health::{HealthSection, Listen};
+pub use overlay::{Mac, OverlayKind, OverlaySection};
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -33,6 +35,9 @@ pub struct Gateway {
     /// Connections of pods to the outside of the cluster that are masqueraded; the first that fits counts.
     #[serde(default)]
     pub egress: Vec<EgressSection>,
+    /// How pods on other nodes are reached.
+    #[serde(default)]
+    pub overlay: OverlaySection,
     /// The control socket and the kept state.
     #[serde(default)]
     pub control: ControlSection,

@@ -22,7 +22,7 @@ impl Row for NodeRow {
     fn header(view: View) -> Vec<&'static str> {
         let mut header = vec!["NAME", "STATUS", "ROLE", "AGE", "INTERNAL-IP", "POD-CIDRS"];
         if view.wide {
-            header.extend(["EXTERNAL-IP", "ZONE"]);
+            header.extend(["EXTERNAL-IP", "ZONE", "OVERLAY"]);
         }
         header
     }
@@ -43,6 +43,7 @@ impl Row for NodeRow {
         ];
         if view.wide {
             cells.extend([self.external_ips.join(",").into(), self.zone.as_str().into()]);
+            cells.push(self.overlay.as_str().into());
         }
         cells
     }
@@ -62,6 +63,7 @@ mod tests {
                 pod_cidrs: vec!["10.244.1.0/24".into(), "fd00:244:0:1::/64".into()],
                 zone: "eu-west-1a".into(),
                 ready: "True".into(),
+                overlay: "vxlan".into(),
                 created: Some("2026-11-02T08:00:00Z".into()),
                 ..Default::default()
             },
@@ -73,9 +75,9 @@ mod tests {
         gw-1     NotReady   this gateway   <unknown>   <none>                      <none>
         ");
         insta::assert_snapshot!(print_rows(&rows, View { namespaces: false, ..View::WIDE }), @"
-        NAME     STATUS     ROLE           AGE         INTERNAL-IP                 POD-CIDRS                         EXTERNAL-IP   ZONE
-        node-1   Ready      <none>         19d         192.168.50.11,fd00:50::11   10.244.1.0/24,fd00:244:0:1::/64   <none>        eu-west-1a
-        gw-1     NotReady   this gateway   <unknown>   <none>                      <none>                            <none>        <none>
+        NAME     STATUS     ROLE           AGE         INTERNAL-IP                 POD-CIDRS                         EXTERNAL-IP   ZONE         OVERLAY
+        node-1   Ready      <none>         19d         192.168.50.11,fd00:50::11   10.244.1.0/24,fd00:244:0:1::/64   <none>        eu-west-1a   vxlan
+        gw-1     NotReady   this gateway   <unknown>   <none>                      <none>                            <none>        <none>       <none>
         ");
     }
 }

@@ -22,7 +22,7 @@ impl Row for RouteRow {
     fn header(view: View) -> Vec<&'static str> {
         let mut header = vec!["PREFIX", "KIND", "VIA", "PORT"];
         if view.wide {
-            header.extend(["MAC", "MTU"]);
+            header.extend(["MAC", "MTU", "OVERLAY"]);
         }
         header
     }
@@ -43,6 +43,7 @@ impl Row for RouteRow {
         if view.wide {
             cells.push(self.mac.clone().unwrap_or_default().into());
             cells.push(self.mtu.map(|mtu| mtu.to_string()).unwrap_or_default().into());
+            cells.push(self.overlay.clone().unwrap_or_default().into());
         }
         cells
     }
@@ -62,7 +63,8 @@ mod tests {
                 via: Some("192.168.50.11".into()),
                 port: Some("fabric".into()),
                 mac: Some("02:00:00:00:00:11".into()),
-                mtu: Some(1500),
+                mtu: Some(1450),
+                overlay: Some("vxlan:192.168.50.11".into()),
             },
             RouteRow { prefix: "203.0.113.0/24".into(), kind: "blackhole".into(), ..Default::default() },
         ];
@@ -72,9 +74,9 @@ mod tests {
         203.0.113.0/24   blackhole   <none>          <none>
         ");
         insta::assert_snapshot!(print_rows(&rows, View { namespaces: false, ..View::WIDE }), @"
-        PREFIX           KIND        VIA             PORT     MAC                 MTU
-        10.244.1.0/24    next-hop    192.168.50.11   fabric   02:00:00:00:00:11   1500
-        203.0.113.0/24   blackhole   <none>          <none>   <none>              <none>
+        PREFIX           KIND        VIA             PORT     MAC                 MTU      OVERLAY
+        10.244.1.0/24    next-hop    192.168.50.11   fabric   02:00:00:00:00:11   1450     vxlan:192.168.50.11
+        203.0.113.0/24   blackhole   <none>          <none>   <none>              <none>   <none>
         ");
     }
 }

@@ -104,6 +104,7 @@ pub fn from_objects(manifests: &[Manifest], node: Option<String>) -> Assumed {
         },
         snat: Default::default(),
         egress: Vec::new(),
+        overlay: Default::default(),
         control: Default::default(),
         health: Default::default(),
         workers: Default::default(),

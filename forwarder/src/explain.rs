@@ -157,6 +157,7 @@ pub fn assumed_fib(tables: &Tables, inside: &[IpNet], own: &[Addr]) -> Fib {
         gateway: Addr::v4(0xc000_0200 | u32::from(port)),
         mac: Some([2, 0, 0, 0, 1, port]),
         mtu: 1500,
+        tunnel: None,
     };
     let link = |port: usize| PortLink {
         mac: [2, 0, 0, 0, 0, port as u8],
@@ -176,6 +177,7 @@ pub fn assumed_fib(tables: &Tables, inside: &[IpNet], own: &[Addr]) -> Fib {
         routes: Arc::new(Lpm::build(routes)),
         next_hops: vec![hop(outside_port), hop(inside_port)],
         ports: (0..ports.len().max(1)).map(link).collect(),
+        overlay: None,
     }
 }
 

@@ -198,6 +198,11 @@ pub struct Packet {
     pub macs: ([u8; 6], [u8; 6]),
     /// The next hop's address, once routed.
     pub gateway: Addr,
+    /// It came inside another packet, by this tunnel: `l3` is where the inner IP header begins, and what stands before it stays in
+    /// the frame until the packet is rewritten.
+    pub from_tunnel: Option<u16>,
+    /// It leaves inside another packet, by this tunnel.
+    pub to_tunnel: Option<u16>,
 }
 
 impl Packet {
@@ -231,6 +236,8 @@ impl Packet {
             error_source: None,
             macs: ([0; 6], [0; 6]),
             gateway: Addr::UNSPECIFIED,
+            from_tunnel: None,
+            to_tunnel: None,
         }
     }
 
@@ -246,6 +253,7 @@ impl Packet {
         self.cut_to = 0;
         self.is_stateless = false;
         self.error_source = None;
+        (self.from_tunnel, self.to_tunnel) = (None, None);
     }
 
     /// The TCP header of a [`Layer4::Tcp`] with its options, as far as the first descriptor holds it.
@@ -289,6 +297,7 @@ impl Packet {
         self.out = Tuple { src: first.out.src, dst: first.out.dst, ..self.tuple };
         (self.ttl, self.cut_to, self.is_stateless) = (first.ttl, first.cut_to, first.is_stateless);
         (self.macs, self.gateway) = (first.macs, first.gateway);
+        (self.to_tunnel, self.hash) = (first.to_tunnel, first.hash);
     }
 
     /// True as long as no stage has decided what becomes of the packet.

@@ -7,7 +7,7 @@
 use af_xdp::Frame;
 
 use crate::packet::{Packet, Rewrite};
-use crate::stage::{flow, icmp_error, nat, parse, reset, rewrite, route, service};
+use crate::stage::{flow, icmp_error, nat, overlay, parse, reset, rewrite, route, service};
 use crate::stats::{Counter, Counters};
 use crate::table::flow_map::{FlowMap, FlowWorker};
 use crate::tables::{Fib, Tables};
@@ -36,7 +36,7 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
 /// on a transmit ring. False: the answer does not fit the frame, nothing is to be sent.
 #[inline]
 pub fn rewrite(packet: &mut Packet, tails: &[Frame], fib: &Fib) -> bool {
-    rewrite::apply(packet, tails, fib)
+    overlay::rewrite(packet, tails, fib, rewrite::apply)
 }
 
 /// What the pipeline reads and writes besides the burst.

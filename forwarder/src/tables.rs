@@ -271,6 +271,40 @@ pub struct Fib {
     pub next_hops: Vec<NextHop>,
     /// Per port, by index.
     pub ports: Vec<PortLink>,
+    /// Tunnels to nodes; none where every node is reached natively.
+    pub overlay: Option<Arc<Overlay>>,
+}
+
+/// Our end of the tunnels to nodes, and theirs.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Overlay {
+    /// VXLAN network identifier, 24 bits.
+    pub vni: u32,
+    /// UDP port that both ends listen at.
+    pub port: u16,
+    /// Our own addresses: what nodes send to.
+    pub addresses: Vec<Addr>,
+    /// Sorted by the address of the node; their indexes are what [`NextHop::tunnel`] names.
+    pub tunnels: Vec<Tunnel>,
+}
+
+impl Overlay {
+    /// The tunnel to `node`.
+    #[inline]
+    pub fn tunnel_of(&self, node: Addr) -> Option<u16> {
+        self.tunnels.binary_search_by_key(&node, |tunnel| tunnel.node).ok().map(|index| index as u16)
+    }
+}
+
+/// The way to the pods of one node, inside packets between the node's address and ours.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tunnel {
+    /// Address of the node.
+    pub node: Addr,
+    /// Our address, of the same family.
+    pub local: Addr,
+    /// Link-layer address of the node's VXLAN device.
+    pub mac: [u8; 6],
 }
 
 /// What happens to a packet on its way.
@@ -301,8 +335,10 @@ pub struct NextHop {
     pub gateway: Addr,
     /// Its link-layer address, if it is known.
     pub mac: Option<[u8; 6]>,
-    /// Largest IP packet, bytes.
+    /// Largest IP packet, bytes: in a tunnel, of those inside.
     pub mtu: u16,
+    /// Packets travel inside others, by this one of [`Overlay::tunnels`].
+    pub tunnel: Option<u16>,
 }
 
 /// A port's own addresses.

@@ -9,12 +9,14 @@ use ipnet::IpNet;
 use crate::addr::Tuple;
 use crate::packet::{Answer, Layer4};
 use crate::table::flow_map::Direction;
-use crate::tables::{FrontendKind, Identity, List, Origin, ServicePort};
+use crate::tables::{FrontendKind, Identity, List, Origin, ServicePort, Tunnel};
 use crate::verdict::{Reason, Verdict};
 
 /// One thing that the pipeline found out or decided.
 #[derive(Clone, Debug)]
 pub enum Step {
+    /// It came inside a packet of this tunnel.
+    Decapsulate(Tunnel),
     /// The headers are sound.
     Parsed(Tuple),
     /// The source of the packet, as the tables know it.
@@ -102,6 +104,8 @@ pub enum Step {
         /// Index of the port.
         port: u8,
     },
+    /// It leaves inside a packet of this tunnel.
+    Encapsulate(Tunnel),
     /// The maximum segment size of a connection is lowered.
     Mss {
         /// What the sender named, bytes.
@@ -151,6 +155,7 @@ impl Step {
     /// The stage that took the step, one word.
     pub fn stage(&self) -> &'static str {
         match self {
+            Step::Decapsulate(_) | Step::Encapsulate(_) => "overlay",
             Step::Parsed(_) => "parse",
             Step::Origin(_) => "classify",
             Step::FlowHit { .. } | Step::FlowMiss | Step::Resetting | Step::QuotedFlow(_) => "flow",
@@ -175,6 +180,12 @@ impl Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Step::Decapsulate(tunnel) => {
+                write!(f, "inside a VXLAN packet from {} to {}", tunnel.node, tunnel.local)
+            }
+            Step::Encapsulate(tunnel) => {
+                write!(f, "inside a VXLAN packet from {} to {}", tunnel.local, tunnel.node)
+            }
             Step::Parsed(tuple) => write!(f, "{tuple}"),
             Step::Origin(Origin::Outside) => write!(f, "source is outside the cluster"),
             Step::Origin(Origin::Pod) => write!(f, "source is a pod of this cluster"),

@@ -61,6 +61,13 @@ reasons! {
     FragmentDuplicate = "fragment_duplicate", "A fragment whose bytes are there already.";
     FragmentTimeout = "fragment_timeout", "Fragments whose datagram did not become complete in time.";
     FragmentLimit = "fragment_limit", "Too many fragments wait, or too many of one datagram: the oldest datagram is dropped.";
+    // Tunnels to nodes, RFC 7348, RFC 6040.
+    OverlaySource = "overlay_source", "A VXLAN packet whose sender is no node with an overlay, or that came in from the outside.";
+    OverlayInnerSource = "overlay_inner_source", "A packet in VXLAN whose inner source is no pod of the node that sent it.";
+    OverlayNetwork = "overlay_network", "A VXLAN packet with no network identifier, or with another one than ours.";
+    OverlayPayload = "overlay_payload", "A VXLAN packet with something else inside than an IP packet for one host, such as ARP.";
+    OverlayFragment = "overlay_fragment", "A VXLAN packet in fragments: the MTU of the node's VXLAN device is too large.";
+    OverlayEcn = "overlay_ecn", "A packet in VXLAN that met congestion on the way and cannot tell its ends so (RFC 6040).";
     // Routing.
     NoRoute = "no_route", "No route to the destination.";
     TtlExceeded = "ttl_exceeded", "TTL or hop limit used up on the way: answered with ICMP time exceeded.";

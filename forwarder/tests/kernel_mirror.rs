@@ -292,7 +292,7 @@ fn pod_routes_come_and_go() {
     let gateway = Gateway::new(nobody);
     gateway.ns.ip("neigh replace 10.0.0.9 lladdr 02:00:00:00:00:09 dev g1 nud permanent");
     let pod_routes = vec![("10.244.1.0/24".parse().unwrap(), "10.0.0.9".parse::<IpAddr>().unwrap().into())];
-    gateway.mirror.want(Wanted { pod_routes, endpoints: vec![] }, true);
+    gateway.mirror.want(Wanted { pod_routes, ..Wanted::default() }, true);
     gateway.follows("10.244.1.7", |found| found.mac() == Some([2, 0, 0, 0, 0, 9]));
     gateway.ns.ip("route add 10.244.1.0/24 via 10.0.0.8");
     gateway.follows("10.244.1.7", |found| found.gateway() == Some("10.0.0.8".parse().unwrap()));
@@ -367,7 +367,7 @@ fn the_kernel_keeps_next_hops_resolved_and_releases_them() {
 
     // An endpoint is resolved before any packet asks for it, and kept.
     let endpoint = |text: &str| text.parse::<IpAddr>().unwrap().into();
-    gateway.mirror.want(Wanted { pod_routes: vec![], endpoints: vec![endpoint("10.0.0.2")] }, true);
+    gateway.mirror.want(Wanted { endpoints: vec![endpoint("10.0.0.2")], ..Wanted::default() }, true);
     gateway.follows("10.0.0.2", resolved);
     eventually("10.0.0.2 is kept", || kept("10.0.0.2"));
 
@@ -388,7 +388,7 @@ fn the_kernel_keeps_next_hops_resolved_and_releases_them() {
     // An administrator's entry stays an administrator's.
     ns.ip("neigh replace 10.0.0.50 lladdr 02:00:00:00:00:50 dev g1 nud permanent");
     gateway.mirror.want(
-        Wanted { pod_routes: vec![], endpoints: vec![endpoint("10.0.0.2"), endpoint("10.0.0.50")] },
+        Wanted { endpoints: vec![endpoint("10.0.0.2"), endpoint("10.0.0.50")], ..Wanted::default() },
         true,
     );
     gateway.follows("10.0.0.50", |found| found.mac() == Some([2, 0, 0, 0, 0, 0x50]));

@@ -258,6 +258,7 @@ fn fib() -> Result<Fib> {
             gateway: gateway.into(),
             mac: Some(mac_bytes(mac)?),
             mtu: 1500,
+            tunnel: None,
         };
         by_address.insert(gateway, hop);
         routes.push((IpNet::from(gateway), Route::NextHop(next_hops.len() as u32)));
@@ -269,7 +270,7 @@ fn fib() -> Result<Fib> {
         routes.push((net(prefix)?, Route::NextHop(next_hops.len() as u32)));
         next_hops.push(hop);
     }
-    Ok(Fib { epoch: 1, routes: Arc::new(Lpm::build(routes)), next_hops, ports })
+    Ok(Fib { epoch: 1, routes: Arc::new(Lpm::build(routes)), next_hops, ports, overlay: None })
 }
 
 fn net(text: &str) -> Result<IpNet> {

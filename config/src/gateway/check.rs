@@ -19,6 +19,7 @@ pub(super) fn check(gateway: &Gateway) -> Vec<Fault> {
     ranges(gateway, &mut faults);
     snat(gateway, &mut faults);
     egress(gateway, &mut faults);
+    overlay(gateway, &mut faults);
     paths(gateway, &mut faults);
     health(gateway, &mut faults);
     workers(gateway, &mut faults);
@@ -141,7 +142,32 @@ fn egress(gateway: &Gateway, faults: &mut Vec<Fault>) {
     }
 }
 
-/// Addresses that packets may be masqueraded to.
+fn overlay(gateway: &Gateway, faults: &mut Vec<Fault>) {
+    let overlay = &gateway.overlay;
+    if !(1..1 << 24).contains(&overlay.vni) {
+        let remedy = "use 1 to 16777215, the same as on the nodes";
+        faults.push(invalid("overlay.vni", overlay.vni, "out of range", remedy));
+    }
+    if overlay.port == 0 {
+        faults.push(invalid("overlay.port", 0, "port 0 is no port", "use 4789, or 8472 as flannel does"));
+    }
+    for (range, name) in
+        [(gateway.snat.ports, "the masquerade ports"), (NODE_PORTS, "the range of NodePorts")]
+    {
+        if range.contains(overlay.port) {
+            let message = format!("lies in {name}, {range}");
+            let remedy = "use 4789, or 8472 as flannel does";
+            faults.push(conflict("overlay.port".into(), &overlay.port.to_string(), message, remedy));
+        }
+    }
+    if let Some(mtu) = overlay.mtu {
+        // The least that IPv6 needs (RFC 8200 section 5) and the outer headers.
+        bounds("overlay.mtu", mtu.into(), 1_350, u16::MAX.into(), "bytes", faults);
+    }
+    sources("overlay.addresses", &overlay.addresses, gateway, faults);
+}
+
+/// Addresses of ours that packets may be sent from.
 fn sources(list: &str, addresses: &[IpAddr], gateway: &Gateway, faults: &mut Vec<Fault>) {
     let ranges = [
         ("cluster_cidrs", &gateway.gateway.cluster_cidrs),

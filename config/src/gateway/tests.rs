@@ -37,6 +37,10 @@ fn defaults_are_those_of_the_documentation() {
     assert_eq!(gateway.gateway.external_traffic_policy, LocalPolicy::Frontend);
     assert_eq!(gateway.health.listen.to_string(), "0.0.0.0:10256");
     assert_eq!(gateway.gateway.lb_algorithm, Algorithm::Maglev);
+    assert_eq!(
+        (gateway.overlay.default, gateway.overlay.vni, gateway.overlay.port),
+        (OverlayKind::Native, 1, 4789)
+    );
     assert_eq!(gateway.frames_per_worker(), 32768);
     assert_eq!(gateway.outside_ports().collect::<Vec<_>>(), [0]);
     assert_eq!(gateway.inside_ports().collect::<Vec<_>>(), [1]);
@@ -169,6 +173,15 @@ fn bad_sections_are_refused_by_field() {
     refuses_section("[[egress]]\naddresses = [\"10.244.0.9\"]", "egress[0].addresses[0]", "cluster_cidrs");
     refuses_section("[[egress]]\npods = [\"10.244.0.9/16\"]", "egress[0].pods[0]", "write 10.244.0.0/16");
     refuses_section("[[egress]]\nexcept = [\"::1/64\"]", "egress[0].except[0]", "write ::/64");
+    refuses_section("[overlay]\ndefault = \"geneve\"", "overlay.default", "vxlan");
+    refuses_section("[overlay]\nvni = 0", "overlay.vni", "use 1 to 16777215");
+    refuses_section("[overlay]\nvni = 16777216", "overlay.vni", "use 1 to 16777215");
+    refuses_section("[overlay]\nport = 0", "overlay.port", "use 4789");
+    refuses_section("[overlay]\nport = 61000", "overlay.port", "masquerade ports, 61000-65535");
+    refuses_section("[overlay]\nport = 30000", "overlay.port", "NodePorts");
+    refuses_section("[overlay]\nmtu = 1349", "overlay.mtu", "use 1350 to 65535 bytes");
+    refuses_section("[overlay]\naddresses = [\"10.244.0.9\"]", "overlay.addresses[0]", "cluster_cidrs");
+    refuses_section("[overlay]\nmac = \"ff:ff:ff:ff:ff:ff\"", "overlay.mac", "02:00:00:00:00:01");
     refuses_section("[[egress]]\nallow = []", "egress[0].allow", "unknown field");
     refuses_section("[flows]\ncapacity = 5", "flows.capacity", "1024");
     refuses_section("[flows]\nudp_s = 0", "flows.udp_s", "1 to 604800");

@@ -135,7 +135,28 @@ impl Frame {
         Ok(front)
     }
 
-    /// Takes `n` bytes off the front of the packet.
+    /// Puts `header` before the packet.
+    ///
+    /// If the process dies before the frame is on a TX ring, the packet comes again as it was received, as after
+    /// [`Frame::head_mut`]: nothing of it is overwritten but what that has in its journal.
+    ///
+    /// # Errors
+    /// Fewer bytes of [`Frame::headroom`].
+    #[inline]
+    pub fn push_header(&mut self, header: &[u8]) -> Result<(), NoRoom> {
+        if header.len() > self.headroom() {
+            return Err(NoRoom);
+        }
+        // Before the offset changes, since the journal is of the packet from where it was received.
+        self.head_mut();
+        self.offset -= header.len() as u16;
+        self.len += header.len() as u16;
+        self.bytes_mut()[..header.len()].copy_from_slice(header);
+        Ok(())
+    }
+
+    /// Takes `n` bytes off the front of the packet. Those of a received packet that is to be changed by [`Frame::head_mut`] are
+    /// taken off after the first such change.
     ///
     /// # Errors
     /// The packet is shorter.
@@ -355,5 +376,31 @@ mod tests {
         assert_eq!(umem.owner(frame.chunk()), Owner::Rewriting { slot: None });
         pool.push(frame);
         assert_eq!(umem.owner(0), Owner::Free);
+    }
+
+    #[test]
+    fn headers_come_and_go_and_the_packet_can_be_had_back() {
+        let umem = Umem::anonymous(2, 2048);
+        let mut pool = umem.take_frames().unwrap();
+        for taken_off in [0, 3] {
+            let mut frame = pool.frame_from(b"as it came").unwrap();
+            umem.0.set(frame.chunk(), Owner::Peeked { port: 0 });
+            if taken_off > 0 {
+                frame.head_mut()[taken_off] = b'I';
+                frame.trim_front(taken_off).unwrap();
+            }
+            frame.push_header(b"with a header ").unwrap();
+            frame.head_mut()[0] = b'W';
+            assert!(frame.data().starts_with(b"With a header "), "{frame:?}");
+            assert_eq!(frame.len(), 14 + 10 - taken_off);
+            let Owner::Rewriting { slot: Some(slot) } = umem.owner(frame.chunk()) else {
+                panic!("journaled")
+            };
+            assert!(umem.0.undo(frame.chunk(), 256, slot));
+            frame.trim_front(14).unwrap();
+            assert_eq!(frame.data(), &b"as it came"[taken_off..]);
+            assert_eq!(frame.push_header(&[0; 2048]), Err(NoRoom));
+            pool.push(frame);
+        }
     }
 }

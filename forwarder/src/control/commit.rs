@@ -27,7 +27,7 @@ use super::state::{Accepted, Refusal, Touch};
 use super::steering::Steering;
 use super::{Shared, Steer, WantRoutes, World};
 use crate::addr::Addr;
-use crate::kernel::fib::Wanted;
+use crate::kernel::fib::{Wanted, WantedOverlay};
 use crate::tables::{Fib, Route};
 
 /// Changes that come within this time share a generation: at most 1,000 generations a second.
@@ -341,7 +341,15 @@ impl Committer {
             let pod_routes = identities::pod_routes(&world.state, &self.shared.gateway);
             let endpoints =
                 world.state.slices().flat_map(|(_, slice)| slice.endpoints.iter().map(|e| e.addr));
-            let wanted = Wanted { pod_routes, endpoints: endpoints.collect() };
+            let section = &self.shared.gateway.overlay;
+            let overlay = WantedOverlay {
+                vni: section.vni,
+                port: section.port,
+                mtu: section.mtu,
+                addresses: section.addresses.iter().map(|addr| Addr::from(*addr)).collect(),
+                nodes: identities::tunnels(&world.state, &self.shared.gateway),
+            };
+            let wanted = Wanted { pod_routes, endpoints: endpoints.collect(), overlay };
             (self.routes)(wanted, compilation.routes_changed);
         }
         self.shared.publisher.publish_tables(compilation.tables);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use config::control::{FramesRow, NeighborRow, PortRow, RouteRow, WorkerRow};
-use config::gateway::{Poll, Role};
+use config::gateway::{OverlayKind, Poll, Role};
 
 use super::Shared;
 use super::health::{STUCK_AFTER_NS, heartbeat_age_ns};
@@ -41,6 +41,10 @@ impl Shared {
                     port: Some(self.port_name(hop.port)),
                     mac: hop.mac.map(mac_text),
                     mtu: Some(hop.mtu),
+                    overlay: hop.tunnel.zip(fib.overlay.as_ref()).and_then(|(tunnel, overlay)| {
+                        let tunnel = overlay.tunnels.get(usize::from(tunnel))?;
+                        Some(format!("{}:{}", OverlayKind::Vxlan.name(), tunnel.node))
+                    }),
                     ..named("next-hop")
                 },
                 None => named("next-hop"),

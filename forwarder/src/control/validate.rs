@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use config::control::ObjectRef;
 use config::fault::{Code, Fault};
-use config::gateway::Gateway;
+use config::gateway::{Gateway, OverlayKind};
 use ipnet::IpNet;
 
 use super::address::host_net;
@@ -30,7 +30,8 @@ pub struct Rules<'a> {
 impl Rules<'_> {
     /// True if `addr` is an address of the gateway itself.
     pub fn is_own(&self, addr: Addr) -> bool {
-        self.own.contains(&addr) || self.gateway.masquerade_addresses().any(|own| Addr::from(own) == addr)
+        let given = self.gateway.masquerade_addresses().chain(self.gateway.overlay.addresses.iter().copied());
+        self.own.contains(&addr) || given.into_iter().any(|own| Addr::from(own) == addr)
     }
 }
 
@@ -258,6 +259,19 @@ impl Judge<'_> {
     }
 
     fn node(&mut self, node: &NodeFacts) {
+        let overlay = &self.rules.gateway.overlay;
+        if node.overlay.unwrap_or(overlay.default) == OverlayKind::Vxlan
+            && node.vxlan_mac.or(overlay.mac).is_none()
+            && !node.pod_cidrs.is_empty()
+            && self.me.name != self.rules.gateway.gateway.name
+        {
+            let message =
+                "missing, and without it the node's VXLAN device takes no packet: its pods are not reached";
+            let fault =
+                Fault::new(Code::Ignored, message).field("metadata.annotations.towpath.dev/vxlan-mac");
+            let remedy = "annotate the Node with the address that `ip link` shows of the device, or set overlay.mac in the gateway file";
+            self.found.warnings.push(fault.remedy(remedy));
+        }
         for (index, (net, field)) in node.pod_cidrs.iter().enumerate() {
             let other =
                 self.state.claims().pod_cidrs_overlapping(*net).find(|(_, owner)| ***owner != *self.me);

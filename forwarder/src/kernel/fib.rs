@@ -20,8 +20,9 @@ use ipnet::IpNet;
 
 use super::snapshot::{Hop, KernelRoute, Neighbor, RouteKind, Snapshot, Table};
 use crate::addr::Addr;
+use crate::stage::overlay::overhead;
 use crate::table::lpm::Lpm;
-use crate::tables::{Fib, NextHop, PortLink, Route};
+use crate::tables::{Fib, NextHop, Overlay, PortLink, Route, Tunnel};
 
 /// What Kubernetes objects ask of the forwarding table.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -30,6 +31,23 @@ pub struct Wanted {
     pub pod_routes: Vec<(IpNet, Addr)>,
     /// Endpoints: those on a link of ours are kept resolved before the first packet wants them.
     pub endpoints: Vec<Addr>,
+    /// Which of `pod_routes` lead through a tunnel.
+    pub overlay: WantedOverlay,
+}
+
+/// Tunnels to nodes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WantedOverlay {
+    /// VXLAN network identifier.
+    pub vni: u32,
+    /// UDP port.
+    pub port: u16,
+    /// MTU of the network between nodes, where it is less than that of routes and ports.
+    pub mtu: Option<u16>,
+    /// Our addresses, the first of each family being the sender's; empty: those of the ports.
+    pub addresses: Vec<Addr>,
+    /// Nodes with a tunnel, and the link-layer addresses of their VXLAN devices. Without one no packet can be sent.
+    pub nodes: BTreeMap<Addr, Option<[u8; 6]>>,
 }
 
 /// A forwarding table before it is published; comparable, so that nothing is published twice.
@@ -47,6 +65,8 @@ pub struct Forwarding {
     pub learned: BTreeSet<(u32, Addr)>,
     /// podCIDRs that are left out since no route leads to their node.
     pub unreachable_pods: Vec<IpNet>,
+    /// Tunnels that routes lead through.
+    pub overlay: Option<Overlay>,
 }
 
 impl Forwarding {
@@ -57,6 +77,7 @@ impl Forwarding {
             routes: Arc::new(Lpm::build(self.routes.iter().copied())),
             next_hops: self.next_hops.clone(),
             ports: self.ports.clone(),
+            overlay: self.overlay.clone().map(Arc::new),
         }
     }
 }
@@ -67,7 +88,7 @@ pub fn build(snapshot: &Snapshot, wanted: &Wanted, ports: &[String]) -> Forwardi
     let mut builder = Builder { snapshot, ports: HashMap::new(), forwarding: Forwarding::default() };
     builder.ports(ports);
     let kernel = builder.kernel_routes();
-    let mut targets = builder.pod_routes(kernel, &wanted.pod_routes);
+    let mut targets = builder.pod_routes(kernel, wanted);
     builder.neighbors(&mut targets, &wanted.endpoints);
     builder.finish(targets)
 }
@@ -75,8 +96,19 @@ pub fn build(snapshot: &Snapshot, wanted: &Wanted, ports: &[String]) -> Forwardi
 /// Where a prefix leads, before next hops are numbered. MTU in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Target {
-    Gateway { port: u8, link: u32, gateway: Addr, mtu: u16 },
-    OnLink { port: u8, link: u32, mtu: u16 },
+    /// `node`: where the tunnel ends that packets travel in.
+    Gateway {
+        port: u8,
+        link: u32,
+        gateway: Addr,
+        mtu: u16,
+        node: Option<Addr>,
+    },
+    OnLink {
+        port: u8,
+        link: u32,
+        mtu: u16,
+    },
     Local,
     Kernel,
     Blackhole,
@@ -180,34 +212,76 @@ impl Builder<'_> {
         };
         let mtu = route_mtu.map_or(link_mtu, |mtu| mtu.min(link_mtu as u32) as u16);
         match hop.gateway {
-            Some(gateway) => Target::Gateway { port, link: hop.link, gateway: gateway.into(), mtu },
+            Some(gateway) => {
+                Target::Gateway { port, link: hop.link, gateway: gateway.into(), mtu, node: None }
+            }
             None => Target::OnLink { port, link: hop.link, mtu },
         }
     }
 
     /// Adds the podCIDRs, each by the way that its node is reached.
-    fn pod_routes(&mut self, kernel: Prefixes, pod_routes: &[(IpNet, Addr)]) -> Prefixes {
+    fn pod_routes(&mut self, kernel: Prefixes, wanted: &Wanted) -> Prefixes {
         let mut added = Vec::new();
-        for &(net, node) in pod_routes {
+        let mut tunnels = BTreeMap::new();
+        for &(net, node) in &wanted.pod_routes {
             let net = net.trunc();
             if kernel.contains(&net) || kernel.local_covers(&net) {
                 continue;
             }
-            match kernel.lookup(node) {
+            let way = match kernel.lookup(node) {
                 Some(Target::OnLink { port, link, mtu }) => {
-                    added.push((net, Target::Gateway { port, link, gateway: node, mtu }));
+                    Target::Gateway { port, link, gateway: node, mtu, node: None }
                 }
                 // Pods of the gateway's own node are the kernel's.
-                Some(Target::Local) => added.push((net, Target::Kernel)),
-                Some(other) => added.push((net, other)),
-                None => self.forwarding.unreachable_pods.push(net),
-            }
+                Some(Target::Local) => Target::Kernel,
+                Some(other) => other,
+                None => {
+                    self.forwarding.unreachable_pods.push(net);
+                    continue;
+                }
+            };
+            added.push((net, self.through_tunnel(way, node, &wanted.overlay, &mut tunnels)));
+        }
+        if !tunnels.is_empty() {
+            let WantedOverlay { vni, port, .. } = wanted.overlay;
+            let (addresses, tunnels) =
+                (self.overlay_addresses(&wanted.overlay), tunnels.into_values().collect());
+            self.forwarding.overlay = Some(Overlay { vni, port, addresses, tunnels });
         }
         let mut targets = kernel;
         for (net, target) in added {
             targets.insert(net, target);
         }
         targets
+    }
+
+    /// The way to the pods of `node`, which is `way` unless there is a tunnel; that one is noted. Where one should be and cannot, nothing
+    /// is sent to them: what comes out of a node's tunnel must not go there beside it.
+    fn through_tunnel(
+        &self,
+        way: Target,
+        node: Addr,
+        overlay: &WantedOverlay,
+        tunnels: &mut BTreeMap<Addr, Tunnel>,
+    ) -> Target {
+        let (Some(mac), Target::Gateway { port, link, gateway, mtu, .. }) = (overlay.nodes.get(&node), way)
+        else {
+            return way;
+        };
+        let link_of = &self.forwarding.ports[usize::from(port)];
+        let of_port = if node.is_v4() { link_of.v4 } else { link_of.v6 };
+        let given = overlay.addresses.iter().find(|addr| addr.is_v4() == node.is_v4()).copied();
+        let local = if overlay.addresses.is_empty() { of_port } else { given };
+        let (Some(mac), Some(local)) = (*mac, local) else { return Target::Blackhole };
+        tunnels.insert(node, Tunnel { node, local, mac });
+        let mtu = mtu.min(overlay.mtu.unwrap_or(mtu)).saturating_sub(overhead(node));
+        Target::Gateway { port, link, gateway, mtu, node: Some(node) }
+    }
+
+    /// The addresses at which packets of tunnels arrive.
+    fn overlay_addresses(&self, overlay: &WantedOverlay) -> Vec<Addr> {
+        let of_ports = self.forwarding.ports.iter().flat_map(|port| port.v4.into_iter().chain(port.v6));
+        if overlay.addresses.is_empty() { of_ports.collect() } else { overlay.addresses.clone() }
     }
 
     /// Adds a host route for each resolved neighbor, and notes which ones to keep resolved.
@@ -220,7 +294,7 @@ impl Builder<'_> {
             if let Some(Target::OnLink { port, link: of_route, mtu }) = targets.lookup(addr)
                 && of_route == link
             {
-                hosts.push((host(addr), Target::Gateway { port, link, gateway: addr, mtu }));
+                hosts.push((host(addr), Target::Gateway { port, link, gateway: addr, mtu, node: None }));
                 self.forwarding.learned.insert((link, addr));
             }
         }
@@ -244,7 +318,7 @@ impl Builder<'_> {
     /// Sorts the routes and numbers the next hops in their order.
     fn finish(self, targets: Prefixes) -> Forwarding {
         let mut forwarding = self.forwarding;
-        let mut numbers: HashMap<(u8, Addr, u16), u32> = HashMap::new();
+        let mut numbers: HashMap<(u8, Addr, u16, Option<Addr>), u32> = HashMap::new();
         let sorted: BTreeMap<IpNet, Target> = targets.entries.into_iter().collect();
         for (net, target) in sorted {
             let route = match target {
@@ -252,10 +326,11 @@ impl Builder<'_> {
                 Target::Local => Route::Local,
                 Target::Kernel => Route::Kernel,
                 Target::Blackhole => Route::Blackhole,
-                Target::Gateway { port, link, gateway, mtu } => {
-                    Route::NextHop(*numbers.entry((port, gateway, mtu)).or_insert_with(|| {
+                Target::Gateway { port, link, gateway, mtu, node } => {
+                    Route::NextHop(*numbers.entry((port, gateway, mtu, node)).or_insert_with(|| {
                         let mac = self.snapshot.neighbors.get(&(link, gateway)).and_then(Neighbor::valid_mac);
-                        forwarding.next_hops.push(NextHop { port, gateway, mac, mtu });
+                        let tunnel = node.and_then(|node| forwarding.overlay.as_ref()?.tunnel_of(node));
+                        forwarding.next_hops.push(NextHop { port, gateway, mac, mtu, tunnel });
                         forwarding.next_hops.len() as u32 - 1
                     }))
                 }
@@ -562,6 +637,52 @@ mod tests {
         assert_eq!(forwarding.unreachable_pods, [net("fd00:244::/64")]);
         assert!(forwarding.needed.contains(&(3, ip("10.0.0.11").into())));
         assert!(!forwarding.learned.contains(&(3, ip("10.0.0.11").into())));
+    }
+
+    #[test]
+    fn pods_behind_a_tunnel_are_reached_by_the_way_to_their_node_with_less_room() {
+        let mut world = World::new();
+        world.routes.push(unicast("10.50.0.0/16", 3, "10.0.0.50"));
+        world.neighbor(3, "10.0.0.50", REACHABLE, 50);
+        world.pod_route("10.244.1.0/24", "10.0.0.11");
+        world.pod_route("10.244.2.0/24", "10.50.0.2"); // behind a router
+        world.pod_route("fd00:244:2::/64", "10.50.0.2"); // another family inside
+        world.pod_route("10.244.3.0/24", "fd00::3");
+        world.pod_route("10.244.4.0/24", "10.0.0.4"); // its device is not known
+        world.pod_route("10.244.5.0/24", "10.0.0.5"); // without a tunnel
+        let mac = |last| Some([2, 0, 0, 0, 9, last]);
+        let nodes = [("fd00::3", mac(3)), ("10.50.0.2", mac(2)), ("10.0.0.11", mac(11)), ("10.0.0.4", None)];
+        world.wanted.overlay.nodes = nodes.map(|(node, mac)| (ip(node).into(), mac)).into();
+        (world.wanted.overlay.vni, world.wanted.overlay.port) = (7, 4789);
+        let forwarding = world.build();
+        let overlay = forwarding.overlay.clone().unwrap();
+        assert_eq!((overlay.vni, overlay.port, overlay.tunnels.len()), (7, 4789, 3));
+        assert_eq!(overlay.addresses, ["192.0.2.1", "10.0.0.1", "fd00::1"].map(|own| ip(own).into()));
+        for (pod, node, local, last, mtu) in [
+            ("10.244.1.9", "10.0.0.11", "10.0.0.1", 11, 1450),
+            ("10.244.2.9", "10.50.0.2", "10.0.0.1", 2, 1450),
+            ("fd00:244:2::9", "10.50.0.2", "10.0.0.1", 2, 1450),
+            ("10.244.3.9", "fd00::3", "fd00::1", 3, 1430),
+        ] {
+            let hop = next_hop(&forwarding, pod);
+            assert_eq!(hop.tunnel, overlay.tunnel_of(ip(node).into()), "{pod}");
+            let tunnel = overlay.tunnels[usize::from(hop.tunnel.unwrap())];
+            assert_eq!((tunnel.node, tunnel.local), (ip(node).into(), ip(local).into()), "{pod}");
+            assert_eq!((tunnel.mac, hop.mtu), (mac(last).unwrap(), mtu), "{pod}");
+        }
+        assert_eq!(next_hop(&forwarding, "10.244.2.9").mac, Some([2, 0, 0, 0, 1, 50]));
+        assert_eq!(lookup(&forwarding, "10.244.4.9"), Some(Route::Blackhole));
+        assert_eq!(next_hop(&forwarding, "10.244.5.9").tunnel, None);
+
+        world.wanted.overlay.mtu = Some(1400);
+        world.wanted.overlay.addresses = vec![ip("192.0.2.7").into()];
+        let forwarding = world.build();
+        assert_eq!(next_hop(&forwarding, "10.244.1.9").mtu, 1350);
+        let overlay = forwarding.overlay.clone().unwrap();
+        assert!(overlay.tunnels.iter().all(|tunnel| tunnel.local == ip("192.0.2.7").into()));
+        assert_eq!(overlay.addresses, [ip("192.0.2.7").into()]);
+        let lookup = lookup(&forwarding, "10.244.3.9");
+        assert_eq!(lookup, Some(Route::Blackhole), "no address of ours of that family");
     }
 
     #[test]

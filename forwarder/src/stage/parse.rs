@@ -9,6 +9,7 @@ use crate::addr::{Addr, Tuple, protocol};
 use crate::packet::{Fragment, Layer4, Packet, Part};
 use crate::pipeline::Context;
 use crate::stage::flow::source_side_matches;
+use crate::stage::overlay;
 use crate::tables::{Fib, PortSettings, Tables};
 use crate::trace::{Step, Trace};
 use crate::verdict::{Reason, Verdict};
@@ -22,6 +23,9 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
         } else {
             packet_headers(packet, cx.tables, cx.fib)
         };
+        if let (Some(tunnel), Some(overlay)) = (packet.from_tunnel, &cx.fib.overlay) {
+            trace.step(index, || Step::Decapsulate(overlay.tunnels[usize::from(tunnel)]));
+        }
         match parsed {
             Ok(()) => trace.step(index, || Step::Parsed(packet.tuple)),
             Err(verdict) => packet.verdict = verdict,
@@ -35,15 +39,17 @@ fn packet_headers(packet: &mut Packet, tables: &Tables, fib: &Fib) -> Result<(),
     let data = packet.frame.data();
     let (ethertype, l3) = ethernet::payload(data).ok_or(Verdict::Drop(Reason::Truncated))?;
     let available = data.len() - l3 + packet.tail_len as usize;
-    packet.l3 = l3 as u16;
-    match ethertype {
-        ethernet::ethertype::IPV4 => parse_v4(packet, available)?,
-        ethernet::ethertype::IPV6 => parse_v6(packet, available)?,
-        _ => return Err(Verdict::Punt),
-    }
+    packet_ip(packet, ethertype, l3, available)?;
     check_link_destination(packet, fib)?;
-    packet.out = packet.tuple;
     let settings = tables.settings.ports.get(usize::from(packet.port)).copied().unwrap_or_default();
+    if let Some(overlay) = &fib.overlay
+        && overlay::is_ours(packet, overlay)
+    {
+        let inner = overlay::open(packet, overlay, settings)?;
+        packet_ip(packet, inner.ethertype, inner.l3, inner.available).map_err(overlay::no_punt)?;
+        overlay::check_inner(packet, &inner, fib)?;
+    }
+    packet.out = packet.tuple;
     if packet.layer4 != Layer4::Fragment {
         parse_l4(packet, 0, settings);
         return Ok(());
@@ -58,6 +64,17 @@ fn packet_headers(packet: &mut Packet, tables: &Tables, fib: &Fib) -> Result<(),
             Err(drop(Reason::SpoofedSource))
         }
         Part::Whole | Part::Fragment(_) => Err(Verdict::Gather),
+    }
+}
+
+/// Reads the IP header at `l3` of the frame, behind which there are `available` bytes, itself included.
+#[inline]
+fn packet_ip(packet: &mut Packet, ethertype: u16, l3: usize, available: usize) -> Result<(), Verdict> {
+    packet.l3 = l3 as u16;
+    match ethertype {
+        ethernet::ethertype::IPV4 => parse_v4(packet, available),
+        ethernet::ethertype::IPV6 => parse_v6(packet, available),
+        _ => Err(Verdict::Punt),
     }
 }
 
@@ -96,7 +113,8 @@ fn read_plain(packet: &mut Packet, tables: &Tables, fib: &Fib) -> bool {
     let (layer4, checksum) = match (third >> 16) as u8 {
         protocol::UDP => {
             let len_and_checksum = word(L4 + 4);
-            if !(udp::HEADER_LEN as u32..=l4_len).contains(&(len_and_checksum >> 16)) {
+            let may_be_tunneled = fib.overlay.as_ref().is_some_and(|overlay| word(L4) as u16 == overlay.port);
+            if !(udp::HEADER_LEN as u32..=l4_len).contains(&(len_and_checksum >> 16)) || may_be_tunneled {
                 return false;
             }
             (Layer4::Udp, len_and_checksum as u16)

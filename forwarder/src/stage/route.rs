@@ -31,6 +31,9 @@ fn route(packet: &mut Packet, index: usize, fib: &Fib, trace: &mut impl Trace) {
         Some(Route::NextHop(hop)) => match fib.next_hops.get(hop as usize) {
             Some(next_hop) => {
                 trace_route(packet, index, next_hop.port, next_hop.gateway, fib, trace);
+                if let (Some(tunnel), Some(overlay)) = (next_hop.tunnel, &fib.overlay) {
+                    trace.step(index, || Step::Encapsulate(overlay.tunnels[usize::from(tunnel)]));
+                }
                 forward(packet, next_hop, fib);
             }
             None => packet.drop(Reason::NoRoute),
@@ -38,7 +41,7 @@ fn route(packet: &mut Packet, index: usize, fib: &Fib, trace: &mut impl Trace) {
         Some(Route::OnLink { port }) => {
             trace_route(packet, index, port, destination, fib, trace);
             let mtu = fib.ports.get(usize::from(port)).map_or(u16::MAX, |link| link.mtu);
-            forward(packet, &NextHop { port, gateway: destination, mac: None, mtu }, fib);
+            forward(packet, &NextHop { port, gateway: destination, mac: None, mtu, tunnel: None }, fib);
         }
         // A translated packet to the gateway itself cannot be handed to the kernel, which knows nothing of the translation.
         Some(Route::Local | Route::Kernel) if packet.rewrite == Rewrite::Route => {
@@ -82,6 +85,7 @@ fn forward(packet: &mut Packet, next_hop: &NextHop, fib: &Fib) {
         packet.cut_to = next_hop.mtu;
     }
     packet.gateway = next_hop.gateway;
+    packet.to_tunnel = next_hop.tunnel;
     packet.verdict = match next_hop.mac {
         Some(mac) => {
             packet.macs = (mac, link.mac);

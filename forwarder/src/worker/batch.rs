@@ -6,6 +6,7 @@ use super::cut;
 use crate::packet::{BURST, Packet, Part};
 use crate::pipeline;
 use crate::port::{Burst, Frame, FramePool};
+use crate::stage::overlay;
 use crate::tables::Fib;
 use crate::verdict::{Reason, Verdict};
 
@@ -107,7 +108,9 @@ impl Batch {
                     if leaves && !pipeline::rewrite(packet, tails, fib) {
                         self.drop_datagram(next, Reason::TxTooLong);
                     } else if leaves && packet.cut_to != 0 && packet.part != Part::Later {
-                        self.cut(next, tail, pool);
+                        self.cut(next, tail, pool, fib);
+                    } else if packet.verdict == Verdict::Punt && packet.from_tunnel.is_some() {
+                        overlay::strip(packet);
                     }
                     tail += usize::from(self.tail_counts[next]);
                     next += 1;
@@ -130,7 +133,7 @@ impl Batch {
 
     /// Cuts the datagram that begins at packet `first`, whose further segments begin at `tail`.
     #[cold]
-    fn cut(&mut self, first: usize, tail: usize, pool: &mut FramePool) {
+    fn cut(&mut self, first: usize, tail: usize, pool: &mut FramePool, fib: &Fib) {
         let later = self.packets[first + 1..].iter().take_while(|packet| packet.part == Part::Later).count();
         let range = first..first + 1 + later;
         let datagram = cut::Source {
@@ -139,7 +142,11 @@ impl Batch {
             tail_counts: &self.tail_counts[range],
         };
         match cut::cut(&datagram, pool, &mut self.pieces) {
-            Some(count) => self.piece_counts.push(count),
+            Some(count) => {
+                self.piece_counts.push(count);
+                let pieces = self.pieces.len() - usize::from(count)..;
+                overlay::encapsulate_pieces(&self.packets[first], &mut self.pieces[pieces], fib);
+            }
             None => self.drop_datagram(first, Reason::FragmentLimit),
         }
     }

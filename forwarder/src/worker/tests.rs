@@ -17,6 +17,7 @@ use crate::tables::{NextHop, PortLink, PortSettings, Route, Settings};
 
 mod capture;
 mod fragments;
+mod overlay;
 
 const FRAMES: usize = 512;
 const NEXT_HOP_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
@@ -109,10 +110,11 @@ impl Rig {
                 (net("10.9.0.0/16"), Route::Blackhole),
             ])),
             next_hops: vec![
-                NextHop { port: 1, gateway, mac: mac_of_next_hop, mtu },
-                NextHop { port: 0, gateway: router, mac: Some([2, 0, 0, 0, 0, 1]), mtu: 1500 },
+                NextHop { port: 1, gateway, mac: mac_of_next_hop, mtu, tunnel: None },
+                NextHop { port: 0, gateway: router, mac: Some([2, 0, 0, 0, 0, 1]), mtu: 1500, tunnel: None },
             ],
             ports: vec![link(0), link(1)],
+            overlay: None,
         }));
     }
 

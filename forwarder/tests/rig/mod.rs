@@ -29,6 +29,8 @@ pub const POD_1: Addr = Addr::v4(0x0af4_0105);
 pub const POD_2: Addr = Addr::v4(0x0af4_0206);
 pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xc];
 pub const NODE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xb];
+/// Of the VXLAN device of any node.
+pub const VTEP_MAC: [u8; 6] = [2, 0, 0, 0, 9, 9];
 
 pub fn port_mac(port: u8) -> [u8; 6] {
     [2, 0, 0, 0, 1, port]
@@ -298,6 +300,23 @@ impl Gateway {
         steps.iter().map(ToString::to_string).collect()
     }
 
+    /// From now on the pods of `nets` are behind a tunnel to `node`, of network 7 at port 4789, with our address `local`.
+    pub fn tunnel(&mut self, node: Addr, local: Addr, nets: &[&str]) {
+        let mut overlay = self.fib.overlay.take().map(|overlay| (*overlay).clone()).unwrap_or_default();
+        (overlay.vni, overlay.port) = (7, 4789);
+        overlay.addresses.push(local);
+        overlay.tunnels.push(Tunnel { node, local, mac: VTEP_MAC });
+        let tunnel = Some(overlay.tunnels.len() as u16 - 1);
+        let mtu = 1500 - forwarder::stage::overlay::overhead(node);
+        let hop = NextHop { port: INSIDE, gateway: addr("10.0.0.2"), mac: Some(NODE_MAC), mtu, tunnel };
+        let index = self.fib.next_hops.len() as u32;
+        self.fib.next_hops.push(hop);
+        let more = nets.iter().map(|net| (net.parse().unwrap(), Route::NextHop(index)));
+        let to_node = [(IpAddr::from(node).into(), Route::NextHop(1))];
+        self.fib.routes = Arc::new(Lpm::build(self.fib.routes.iter().chain(to_node).chain(more)));
+        self.fib.overlay = Some(Arc::new(overlay));
+    }
+
     /// Lets `seconds` go by without a packet: what is over its time goes.
     pub fn rest(&mut self, seconds: u32) {
         self.now_s += seconds;
@@ -424,7 +443,13 @@ impl Gateway {
 }
 
 fn fib() -> Fib {
-    let hop = |port, gateway: &str, mac| NextHop { port, gateway: addr(gateway), mac: Some(mac), mtu: 1500 };
+    let hop = |port, gateway: &str, mac| NextHop {
+        port,
+        gateway: addr(gateway),
+        mac: Some(mac),
+        mtu: 1500,
+        tunnel: None,
+    };
     let link = |port, v4: &str, v6: &str| PortLink {
         mac: port_mac(port),
         mtu: 1500,
@@ -446,6 +471,7 @@ fn fib() -> Fib {
         routes: Arc::new(Lpm::build(routes.map(|(net, route)| (net.parse().unwrap(), route)))),
         next_hops: vec![hop(OUTSIDE, "198.51.100.254", CLIENT_MAC), hop(INSIDE, "10.0.0.2", NODE_MAC)],
         ports: vec![link(OUTSIDE, "198.51.100.1", "2001:db8:1::1"), link(INSIDE, "10.0.0.1", "fd00:1::1")],
+        overlay: None,
     }
 }
 

@@ -1,13 +1,14 @@
 //! Who an address is, and how pods are reached: from Nodes, Pods and the ranges of the gateway file.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use config::control::Kind;
-use config::gateway::Gateway;
+use config::gateway::{Gateway, OverlayKind};
 use ipnet::IpNet;
 
 use crate::addr::Addr;
-use crate::control::facts::{Facts, PodFacts};
+use crate::control::facts::{Facts, NodeFacts, PodFacts};
 use crate::control::state::{Claim, State, Touch};
 use crate::table::lpm::Lpm;
 use crate::tables::Identity;
@@ -46,17 +47,39 @@ pub fn is_pod_address(state: &State, gateway: &Gateway, addr: Addr) -> bool {
     gateway.gateway.cluster_cidrs.iter().any(|net| net.contains(&ip)) || state.claims().in_pod_cidr(ip)
 }
 
-/// Routes to pods: each podCIDR by the InternalIP of its Node, of the same family. Not to our own pods, which the kernel
-/// routes, and not to a Node without an InternalIP of that family.
+/// Routes to pods: each podCIDR by the InternalIP of its Node, of the same family, or by whichever there is a tunnel to. Not to our
+/// own pods, which the kernel routes, and not to a Node without such an InternalIP.
 pub fn pod_routes(state: &State, gateway: &Gateway) -> Vec<(IpNet, Addr)> {
-    let others = state.nodes().filter(|(entry, _)| entry.reference.name != gateway.gateway.name);
-    let routes = others.flat_map(|(_, node)| {
+    let routes = others(state, gateway).flat_map(|node| {
         node.pod_cidrs.iter().filter_map(|(net, _)| {
             let of_family = |addr: &&Addr| addr.is_v4() == net.addr().is_ipv4();
-            Some((*net, *node.internal_ips.iter().find(of_family)?))
+            let native = || node.internal_ips.iter().find(of_family).copied();
+            Some((*net, tunnel_end(node, gateway).or_else(native)?))
         })
     });
     routes.collect()
+}
+
+/// Nodes that are reached by a tunnel: where it ends, and the link-layer address of the node's VXLAN device, if it is known.
+pub fn tunnels(state: &State, gateway: &Gateway) -> BTreeMap<Addr, Option<[u8; 6]>> {
+    let mac = |node: &NodeFacts| node.vxlan_mac.or(gateway.overlay.mac).map(|mac| mac.0);
+    others(state, gateway).filter_map(|node| Some((tunnel_end(node, gateway)?, mac(node)))).collect()
+}
+
+/// Where a tunnel to a node ends, if it is reached by one: its first InternalIP of a family that we have an address of.
+pub fn tunnel_end(node: &NodeFacts, gateway: &Gateway) -> Option<Addr> {
+    let overlay = &gateway.overlay;
+    let is_vxlan = node.overlay.unwrap_or(overlay.default) == OverlayKind::Vxlan;
+    let is_ours = |addr: &&Addr| {
+        overlay.addresses.is_empty() || overlay.addresses.iter().any(|own| own.is_ipv4() == addr.is_v4())
+    };
+    node.internal_ips.iter().find(is_ours).filter(|_| is_vxlan).copied()
+}
+
+/// Every Node but our own.
+fn others<'s>(state: &'s State, gateway: &'s Gateway) -> impl Iterator<Item = &'s NodeFacts> {
+    let others = state.nodes().filter(|(entry, _)| entry.reference.name != gateway.gateway.name);
+    others.map(|(_, node)| node)
 }
 
 /// True if a change touches what is read from Nodes.
@@ -165,5 +188,65 @@ status: {addresses: [{type: InternalIP, address: 192.168.0.3}]}
             shown,
             ["10.244.1.0/24 via 192.168.0.1", "fd00:244:1::/64 via fd00::1", "fd00:244:2::/64 via fd00::2"]
         );
+    }
+
+    #[test]
+    fn tunnels_by_annotation_or_by_the_file() {
+        let node = |name: &str, annotations: &str, ips: &str| {
+            let ips: Vec<_> =
+                ips.split(' ').map(|ip| format!("{{type: InternalIP, address: '{ip}'}}")).collect();
+            let last = name.trim_start_matches('n');
+            format!(
+                "kind: Node\nmetadata: {{name: {name}, annotations: {{{annotations}}}}}\n\
+                 spec: {{podCIDRs: [10.244.{last}.0/24, 'fd00:244:{last}::/64']}}\nstatus: {{addresses: [{}]}}\n",
+                ips.join(", ")
+            )
+        };
+        let nodes = [
+            node("n1", "towpath.dev/overlay: native", "10.0.0.1 fd00::1"),
+            node(
+                "n2",
+                "towpath.dev/overlay: vxlan, towpath.dev/vxlan-mac: '02:00:00:00:00:02'",
+                "fd00::2 10.0.0.2",
+            ),
+            node("n3", "", "10.0.0.3"),
+        ]
+        .join("---\n");
+        let name = "[gateway]\nname = 'gw'\n";
+        let with = |overlay: &str| {
+            let cluster = Cluster::new(&format!("{name}{overlay}"), &nodes);
+            let tunnels: Vec<_> = tunnels(&cluster.state, &cluster.gateway)
+                .into_iter()
+                .map(|(node, mac)| (node.to_string(), mac.map(|mac| mac[5])))
+                .collect();
+            let routes = pod_routes(&cluster.state, &cluster.gateway);
+            let routes: Vec<_> = routes.iter().map(|(net, node)| format!("{net} {node}")).collect();
+            (tunnels, routes)
+        };
+        let (tunnels, routes) = with("");
+        assert_eq!(tunnels, [("fd00::2".to_owned(), Some(2))]);
+        assert_eq!(
+            routes,
+            [
+                "10.244.1.0/24 10.0.0.1",
+                "fd00:244:1::/64 fd00::1",
+                "10.244.2.0/24 fd00::2",
+                "fd00:244:2::/64 fd00::2",
+                "10.244.3.0/24 10.0.0.3",
+            ]
+        );
+        let (tunnels, routes) = with("[overlay]\ndefault = 'vxlan'\naddresses = ['10.0.0.9']\n");
+        assert_eq!(tunnels, [("10.0.0.2".to_owned(), Some(2)), ("10.0.0.3".to_owned(), None)]);
+        assert_eq!(
+            routes[2..],
+            [
+                "10.244.2.0/24 10.0.0.2",
+                "fd00:244:2::/64 10.0.0.2",
+                "10.244.3.0/24 10.0.0.3",
+                "fd00:244:3::/64 10.0.0.3"
+            ]
+        );
+        let (tunnels, _) = with("[overlay]\ndefault = 'vxlan'\nmac = '02:00:00:00:00:77'\n");
+        assert_eq!(tunnels, [("10.0.0.3".to_owned(), Some(0x77)), ("fd00::2".to_owned(), Some(2))]);
     }
 }

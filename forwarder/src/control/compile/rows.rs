@@ -102,6 +102,7 @@ impl Compiler {
             zone: facts.zone.clone(),
             ready: ready.map(|condition| condition.status.clone()).unwrap_or_default(),
             this_gateway: entry.reference.name == self.gateway.gateway.name,
+            overlay: facts.overlay.unwrap_or(self.gateway.overlay.default).name().to_owned(),
             created: created(entry.object.metadata()),
         }
     }

@@ -6,8 +6,8 @@ use config::gateway::Gateway;
 use ipnet::IpNet;
 
 use super::Compiler;
-use super::identities::{is_pod_address, pod_ranges};
-use crate::addr::Addr;
+use super::identities::{is_pod_address, pod_ranges, tunnels};
+use crate::addr::{Addr, protocol};
 use crate::control::facts::Facts;
 use crate::control::state::{State, Touch};
 use crate::port::xsk::steer::{LocalAddress, LocalPort, PrefixUse, SteerSet};
@@ -36,6 +36,15 @@ impl Compiler {
             if matches!(frontend.kind, FrontendKind::NodePort | FrontendKind::HostPort) {
                 let (addr, protocol, port) = (key.addr.into(), key.protocol, key.port);
                 set.local_ports.insert(LocalPort { addr, protocol, port });
+            }
+        }
+        if !tunnels(state, &self.gateway).is_empty() {
+            let given = &self.gateway.overlay.addresses;
+            let of_ports = self.own.iter().map(|addr| IpAddr::from(*addr)).filter(|_| given.is_empty());
+            for addr in of_ports.chain(given.iter().copied()) {
+                set.local.entry(addr).or_default();
+                let port = self.gateway.overlay.port;
+                set.local_ports.insert(LocalPort { addr, protocol: protocol::UDP, port });
             }
         }
         for net in &self.gateway.gateway.service_cidrs {

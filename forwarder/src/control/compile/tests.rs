@@ -737,6 +737,28 @@ status: {{podIP: 172.16.0.2}}
 }
 
 #[test]
+fn the_overlay_is_caught_at_own_addresses_once_a_node_has_one() {
+    let node = |overlay: &str| {
+        format!(
+            "kind: Node\nmetadata: {{name: n1, annotations: {{towpath.dev/overlay: {overlay}, towpath.dev/vxlan-mac: '02:00:00:00:00:01'}}}}\n\
+             spec: {{podCIDRs: [10.50.0.0/24]}}\nstatus: {{addresses: [{{type: InternalIP, address: 192.168.0.1}}]}}\n"
+        )
+    };
+    for (overlay, addresses, expected) in [
+        ("native", "", &[][..]),
+        ("vxlan", "", &["192.0.2.1 17 4789", "fd00:2::1 17 4789"]),
+        ("vxlan", "addresses = ['192.0.2.9']", &["192.0.2.9 17 4789"]),
+    ] {
+        let cluster = Cluster::new(&format!("{HEAD}\n[overlay]\n{addresses}"), &node(overlay));
+        let set = cluster.compiler(&["192.0.2.1", "fd00:2::1"]).steer_set(&cluster.state, &[]);
+        let ports: Vec<_> =
+            set.local_ports.iter().map(|p| format!("{} {} {}", p.addr, p.protocol, p.port)).collect();
+        assert_eq!(ports, expected);
+        assert!(set.local_ports.iter().all(|port| set.local.contains_key(&port.addr)));
+    }
+}
+
+#[test]
 fn a_description_says_why() {
     let cluster = Cluster::new(HEAD, WEB);
     let described = cluster.compiler(&[]).describe_service(&cluster.state, "shop", "web").unwrap();

@@ -7,6 +7,7 @@ use std::fmt::Display;
 use std::ops::RangeInclusive;
 
 use config::fault::{Code, Fault};
+use config::gateway::Mac;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 const PREFIX: &str = "towpath.dev/";
@@ -49,6 +50,17 @@ impl<'o> Annotations<'o> {
             self.warn(name, text, "not a value of this annotation: ignored", remedy);
         }
         number
+    }
+
+    /// A link-layer address.
+    pub fn mac(&mut self, name: &'static str) -> Option<Mac> {
+        let text = self.text(name)?;
+        let mac = text.parse().ok();
+        if mac.is_none() {
+            let remedy = "use the address of the node's VXLAN device, such as 02:00:00:00:00:01";
+            self.warn(name, text, "not a value of this annotation: ignored", remedy);
+        }
+        mac
     }
 
     /// Warns of an annotation that another one overrules.

@@ -43,7 +43,7 @@ impl Facts {
         check_name(object, faults);
         match object {
             Object::Namespace(_) => Facts::Namespace,
-            Object::Node(node) => Facts::Node(NodeFacts::read(node, faults)),
+            Object::Node(node) => Facts::Node(NodeFacts::read(node, faults, warnings)),
             Object::Pod(pod) => Facts::Pod(PodFacts::read(pod, faults, warnings)),
             Object::Service(service) => Facts::Service(ServiceFacts::read(service, faults, warnings)),
             Object::EndpointSlice(slice) => Facts::Slice(SliceFacts::read(slice, faults, warnings)),

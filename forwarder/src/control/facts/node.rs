@@ -1,9 +1,11 @@
 //! What a Node says.
 
 use config::fault::{Code, Fault};
+use config::gateway::{Mac, OverlayKind};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Node;
 
+use super::annotation::Annotations;
 use super::read_addr;
 use crate::addr::Addr;
 use crate::control::address::parse_cidr;
@@ -23,6 +25,25 @@ pub struct NodeFacts {
     pub leaving: bool,
     /// Label `node.kubernetes.io/exclude-from-external-load-balancers`: load balancers do not send to it.
     pub excluded: bool,
+    /// Annotation `towpath.dev/overlay`: how its pods are reached.
+    pub overlay: Option<OverlayKind>,
+    /// Link-layer address of its VXLAN device: annotation `towpath.dev/vxlan-mac`, or what flannel or Calico say of it.
+    pub vxlan_mac: Option<Mac>,
+}
+
+/// Where flannel keeps a JSON object with `VtepMAC` (its pkg/backend/vxlan).
+const FLANNEL: &str = "flannel.alpha.coreos.com/backend-data";
+/// Where Calico keeps an address (its libcalico-go/lib/backend/k8s/conversion).
+const CALICO: &str = "projectcalico.org/VXLANTunnelMACAddr";
+
+/// What the network that made the node's VXLAN device says of it. What cannot be read is not ours to complain of.
+fn announced_mac(node: &Node) -> Option<Mac> {
+    let annotation = |name| node.metadata.annotations.as_ref()?.get(name);
+    let of_flannel = || {
+        let data: serde_json::Value = serde_json::from_str(annotation(FLANNEL)?).ok()?;
+        data.get("VtepMAC")?.as_str()?.parse().ok()
+    };
+    of_flannel().or_else(|| annotation(CALICO)?.parse().ok())
 }
 
 /// Taint that the cluster autoscaler puts on a node that it will remove.
@@ -36,7 +57,11 @@ fn is_leaving(node: &Node) -> bool {
 }
 
 impl NodeFacts {
-    pub(super) fn read(node: &Node, faults: &mut Vec<Fault>) -> NodeFacts {
+    pub(super) fn read(node: &Node, faults: &mut Vec<Fault>, warnings: &mut Vec<Fault>) -> NodeFacts {
+        let mut annotations = Annotations::of(&node.metadata, warnings);
+        let overlay = annotations.word("overlay", &OverlayKind::WORDS);
+        let vxlan_mac = annotations.mac("vxlan-mac").or_else(|| announced_mac(node));
+        annotations.finish("Node");
         let labels = node.metadata.labels.as_ref();
         let label = |name: &str| labels.and_then(|labels| labels.get(name));
         let mut facts = NodeFacts {
@@ -44,6 +69,8 @@ impl NodeFacts {
             // Its presence counts, not its value (k8s.io/cloud-provider controllers/service).
             excluded: label("node.kubernetes.io/exclude-from-external-load-balancers").is_some(),
             leaving: is_leaving(node),
+            overlay,
+            vxlan_mac,
             ..NodeFacts::default()
         };
         if let Some(spec) = &node.spec {

@@ -1,4 +1,5 @@
 use config::fault::Fault;
+use config::gateway::OverlayKind;
 
 use super::*;
 use crate::control::compile::fixture::objects;
@@ -385,4 +386,45 @@ fn slices_say_when_what_they_tell_of_happened() {
     let annotation = "endpoints.kubernetes.io/last-change-trigger-time";
     assert_eq!(slice(&format!("{annotation}: '1970-01-02T00:00:00.5Z'")), (Some(86_400), 0));
     assert_eq!(slice(&format!("{annotation}: yesterday")), (None, 1));
+}
+
+#[test]
+fn nodes_say_how_their_pods_are_reached() {
+    let node = |annotations: &str| {
+        let (facts, faults, warnings) =
+            read(&format!("kind: Node\nmetadata: {{name: n, annotations: {{{annotations}}}}}\n"));
+        assert_eq!(faults, []);
+        let Facts::Node(node) = facts else { panic!("{facts:?}") };
+        let warnings: Vec<_> = warnings.iter().map(ToString::to_string).collect();
+        (node.overlay.map(OverlayKind::name), node.vxlan_mac.map(|mac| mac.to_string()), warnings.join(" "))
+    };
+    let own = "towpath.dev/overlay: vxlan, towpath.dev/vxlan-mac: '02:00:00:00:00:01'";
+    let flannel = r#"flannel.alpha.coreos.com/backend-data: '{"VNI":1,"VtepMAC":"02:00:00:00:00:02"}'"#;
+    let calico = "projectcalico.org/VXLANTunnelMACAddr: '02:00:00:00:00:03'";
+    for (annotations, overlay, mac) in [
+        ("", None, None),
+        ("towpath.dev/overlay: native", Some("native"), None),
+        (own, Some("vxlan"), Some("01")),
+        (flannel, None, Some("02")),
+        (calico, None, Some("03")),
+        (&format!("{own}, {flannel}, {calico}"), Some("vxlan"), Some("01")),
+        (&format!("{calico}, {flannel}"), None, Some("02")),
+        ("flannel.alpha.coreos.com/backend-data: 'null'", None, None),
+        ("flannel.alpha.coreos.com/backend-data: '{'", None, None),
+    ] {
+        let mac = mac.map(|last| format!("02:00:00:00:00:{last}"));
+        assert_eq!(node(annotations), (overlay, mac, String::new()), "{annotations}");
+    }
+    let (_, _, warning) = node("towpath.dev/overlay: geneve");
+    assert!(
+        warning.contains("towpath.dev/overlay: geneve") && warning.contains("use native or vxlan"),
+        "{warning}"
+    );
+    let (_, mac, warning) = node("towpath.dev/vxlan-mac: vtep");
+    assert!(
+        mac.is_none() && warning.contains("vxlan-mac: vtep") && warning.contains("such as 02:"),
+        "{warning}"
+    );
+    let (_, _, warning) = node("towpath.dev/vxlan: 'on'");
+    assert!(warning.contains("use towpath.dev/overlay, towpath.dev/vxlan-mac"), "{warning}");
 }

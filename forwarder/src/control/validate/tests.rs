@@ -279,3 +279,26 @@ fn nodes_and_pods_that_have_an_address_of_a_service() {
         "is an address of Node n1 too",
     );
 }
+
+#[test]
+fn a_node_behind_vxlan_needs_an_address_of_its_device() {
+    let node = |name: &str, more: &str| {
+        format!(
+            "kind: Node\nmetadata: {{name: {name}, annotations: {{towpath.dev/overlay: vxlan{more}}}}}\nspec: {{podCIDRs: [10.10.0.0/24]}}\n"
+        )
+    };
+    let warnings = |head: &str, yaml: &str| {
+        let cluster = Cluster::new(head, yaml);
+        let rules = Rules { gateway: &cluster.gateway, own: &[] };
+        let entry = cluster.state.entries().next().unwrap();
+        let warnings = judge(&cluster.state, &rules, entry).warnings;
+        warnings.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+    };
+    let warning = warnings(HEAD, &node("n1", ""));
+    assert!(warning.starts_with("metadata.annotations.towpath.dev/vxlan-mac: missing"), "{warning}");
+    assert!(warning.contains("overlay.mac"), "{warning}");
+    assert_eq!(warnings(HEAD, &node("n1", ", towpath.dev/vxlan-mac: '02:00:00:00:00:01'")), "");
+    assert_eq!(warnings(HEAD, &node("gw", "")), "", "the gateway itself");
+    let given = format!("{HEAD}\n[overlay]\nmac = '02:00:00:00:00:01'");
+    assert_eq!(warnings(&given, &node("n1", "")), "");
+}

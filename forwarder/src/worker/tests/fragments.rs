@@ -41,7 +41,7 @@ pub(super) fn fragments(datagram: &[u8], id: u16, size: usize) -> Vec<Vec<u8>> {
 }
 
 /// What the data of fragments adds up to, if they come in order and leave no gap.
-fn joined(frames: &[Vec<u8>]) -> Vec<u8> {
+pub(super) fn joined(frames: &[Vec<u8>]) -> Vec<u8> {
     let mut data = Vec::new();
     for (number, frame) in frames.iter().enumerate() {
         let word = u16::from_be_bytes([frame[L3 + 6], frame[L3 + 7]]);
