@@ -154,6 +154,7 @@ impl World {
             gateway: gateway[usize::from(port)],
             mac: Some([2, 0, 0, 0, 2, port]),
             mtu: 1500,
+            tunnel: None,
         };
         let nets = if self.v6 { ["::/0", "fd44::/16"] } else { ["0.0.0.0/0", "10.128.0.0/9"] };
         let ends =
@@ -164,6 +165,7 @@ impl World {
             routes: Arc::new(Lpm::build(clients.chain(ends))),
             next_hops: vec![hop(OUTSIDE), hop(INSIDE)],
             ports: vec![link(OUTSIDE), link(INSIDE)],
+            overlay: None,
         }
     }
 

@@ -235,7 +235,7 @@ impl<P: Port> Running<P> {
     fn rest(&mut self, now_ns: u64) {
         let at_rest = !self.rings.unsent() && self.generations.is_settled();
         if !at_rest || !self.idle.may_sleep(now_ns) {
-            return std::hint::spin_loop();
+            return af_xdp::pause();
         }
         self.account();
         self.link.set_asleep(true);

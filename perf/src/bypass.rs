@@ -94,9 +94,11 @@ impl Queue {
         let Queue { sockets, pool } = self;
         let mut burst = Burst::with_capacity(64);
         while Instant::now() < end {
+            let mut is_idle = true;
             for from in 0..2 {
                 let to = 1 - from;
                 if sockets[from].receive(pool, &mut burst, 64) > 0 {
+                    is_idle = false;
                     sockets[to].transmit(pool, &mut burst);
                     burst.recycle(pool); // the ring is full: dropped
                     sockets[to].kick();
@@ -104,6 +106,9 @@ impl Queue {
                 }
                 sockets[to].complete(pool);
                 sockets[from].refill(pool);
+            }
+            if is_idle {
+                af_xdp::pause();
             }
         }
     }

@@ -18,7 +18,7 @@ use crate::port::xsk::steer::{Contents, LocalAddress, LocalPort, PrefixUse, Stee
 use crate::table::flow_map::{FlowMap, FlowSnapshot};
 
 /// Flow records looked at between two looks for changes.
-const STEP: u32 = 4096;
+const STEP: u32 = 256;
 
 /// How long what only flows need stays at least.
 const AGAIN_AFTER: Duration = Duration::from_secs(10);
@@ -36,6 +36,8 @@ pub struct Steering {
     /// When they are to be asked again.
     again: Option<Instant>,
     walk: Option<Walk>,
+    /// The maps may hold more than is wanted.
+    may_shrink: bool,
 }
 
 impl Steering {
@@ -54,6 +56,7 @@ impl Steering {
             held: SteerSet::default(),
             again: None,
             walk: None,
+            may_shrink: true,
         })
     }
 
@@ -70,6 +73,7 @@ impl Steering {
             return Err(error);
         }
         (self.wanted, self.wanted_in_maps) = (wanted, wanted_in_maps);
+        self.may_shrink = true;
         // What flows were found to need so far goes by the generation before.
         self.walk = None;
         Ok(())
@@ -90,8 +94,9 @@ impl Steering {
     /// To be called when the newest generation is in force everywhere: what only older ones needed may go.
     pub fn begin_shrink(&mut self) {
         // A walk that is under way goes on: what is wanted is the same, or it would have been given up.
-        if self.walk.is_none() && self.in_maps != self.wanted_in_maps {
-            self.walk = Some(Walk::begin(&self.wanted_in_maps));
+        if self.walk.is_none() && self.may_shrink {
+            self.may_shrink = self.in_maps != self.wanted_in_maps;
+            self.walk = self.may_shrink.then(|| Walk::begin(&self.wanted_in_maps));
         }
     }
 
@@ -104,6 +109,7 @@ impl Steering {
     pub fn step(&mut self, flows: &FlowMap, now: Instant) -> Option<Result<(), String>> {
         if self.again.is_some_and(|again| again <= now) {
             self.again = None;
+            self.may_shrink = true;
             self.begin_shrink();
         }
         let walk = self.walk.as_mut()?;
@@ -159,6 +165,7 @@ impl Steering {
     fn look(&mut self) {
         if let Ok(contents) = self.maps.contents() {
             self.in_maps = contents;
+            self.may_shrink = true;
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Slots: where a hash may lie, and how entries get in and out.
 
 use super::hash::Packed;
-use super::layout::{Record, Slot, State, WAYS};
+use super::layout::{Bucket, Record, Slot, State, WAYS};
 use super::sync::Ordering;
 use super::{Direction, FlowMap};
 
@@ -25,6 +25,66 @@ pub(super) struct Place {
     pub way: usize,
 }
 
+/// Some ways of a bucket, a bit each, from the lowest on.
+#[derive(Clone, Copy)]
+struct Ways(u32);
+
+impl Ways {
+    /// Those whose slots have the bits of `wanted` under `mask`; of both only the high halves count.
+    #[inline]
+    fn with(bucket: &Bucket, mask: u64, wanted: u64) -> Ways {
+        debug_assert!((mask | wanted) & u64::from(u32::MAX) == 0, "the low half of a slot is its record");
+        #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+        {
+            use std::arch::x86_64::{
+                __m128i, _mm_and_si128, _mm_castps_si128, _mm_castsi128_ps, _mm_cmpeq_epi32, _mm_movemask_ps,
+                _mm_set1_epi32, _mm_shuffle_ps,
+            };
+            // SAFETY: SSE2 is part of x86-64. A bucket is four aligned vectors. Other threads may store slots meanwhile: each is an
+            // aligned word of its half of a vector, which the processor reads whole, as a relaxed load would; volatile, so that the
+            // compiler reads it here and once. What is found in a slot is loaded again before it is used.
+            unsafe {
+                let vectors = std::ptr::from_ref(bucket).cast::<__m128i>();
+                let half = |at: usize| {
+                    let (a, b) = (vectors.add(at).read_volatile(), vectors.add(at + 1).read_volatile());
+                    let high = _mm_shuffle_ps::<0b11_01_11_01>(_mm_castsi128_ps(a), _mm_castsi128_ps(b));
+                    let masked = _mm_and_si128(_mm_castps_si128(high), _mm_set1_epi32((mask >> 32) as i32));
+                    let equal = _mm_cmpeq_epi32(masked, _mm_set1_epi32((wanted >> 32) as i32));
+                    _mm_movemask_ps(_mm_castsi128_ps(equal)) as u32
+                };
+                Ways(half(0) | half(2) << 4)
+            }
+        }
+        #[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
+        {
+            let has = |cell: &super::sync::AtomicU64| cell.load(Ordering::Relaxed) & mask == wanted;
+            let ways = bucket.slots.iter().enumerate();
+            Ways(ways.fold(0, |ways, (way, cell)| ways | u32::from(has(cell)) << way))
+        }
+    }
+
+    /// Those that are in use.
+    #[inline]
+    fn used(bucket: &Bucket) -> Ways {
+        Ways::with(bucket, Slot::USED, Slot::USED)
+    }
+
+    fn count(self) -> usize {
+        self.0.count_ones() as usize
+    }
+}
+
+impl Iterator for Ways {
+    type Item = usize;
+
+    #[inline]
+    fn next(&mut self) -> Option<usize> {
+        let way = (self.0 != 0).then(|| self.0.trailing_zeros())?;
+        self.0 &= self.0 - 1;
+        Some(way as usize)
+    }
+}
+
 impl FlowMap {
     /// The first bucket comes from the high half of the hash, the second one from the first and the tag: so entries of one bucket
     /// have independent tags, whichever of the two it is to them.
@@ -41,8 +101,10 @@ impl FlowMap {
     /// The first slot of a bucket with the wanted bits.
     #[inline]
     pub(super) fn first_match(&self, bucket: usize, wanted: u64) -> Option<Slot> {
-        let slots = &self.region.buckets()[bucket].slots;
-        slots.iter().map(|s| Slot(s.load(Ordering::Acquire))).find(|s| s.0 & Slot::MATCH == wanted)
+        let bucket = &self.region.buckets()[bucket];
+        let mut slots = Ways::with(bucket, Slot::MATCH, wanted)
+            .map(|way| Slot(bucket.slots[way].load(Ordering::Acquire)));
+        slots.find(|slot| slot.0 & Slot::MATCH == wanted)
     }
 
     /// The record that has `tuple` in the direction of the slot, in a state that is `accepted`.
@@ -55,8 +117,9 @@ impl FlowMap {
     ) -> Option<(Slot, &Record)> {
         let probe = self.probe(hash);
         for bucket in [probe.first, probe.second] {
-            for cell in &self.region.buckets()[bucket].slots {
-                let slot = Slot(cell.load(Ordering::Acquire));
+            let bucket = &self.region.buckets()[bucket];
+            for way in Ways::with(bucket, Slot::MATCH, probe.wanted) {
+                let slot = Slot(bucket.slots[way].load(Ordering::Acquire));
                 if slot.0 & Slot::MATCH == probe.wanted
                     && let Some(record) = self.matching(slot, tuple)
                     && accepted(record.state(Ordering::Acquire))
@@ -87,8 +150,9 @@ impl FlowMap {
     ) {
         let probe = self.probe(hash);
         for bucket in [probe.first, probe.second] {
-            for (way, cell) in self.region.buckets()[bucket].slots.iter().enumerate() {
-                let slot = Slot(cell.load(Ordering::Acquire));
+            let slots = &self.region.buckets()[bucket].slots;
+            for way in Ways::with(&self.region.buckets()[bucket], Slot::MATCH, probe.wanted) {
+                let slot = Slot(slots[way].load(Ordering::Acquire));
                 if slot.0 & Slot::MATCH == probe.wanted
                     && slot.record() != own
                     && let Some(record) = self.matching(slot, tuple)
@@ -103,10 +167,7 @@ impl FlowMap {
     pub(super) fn place(&self, hash: u64, slot: Slot) -> Option<Place> {
         let probe = self.probe(hash);
         let buckets = self.region.buckets();
-        let used = |bucket: usize| {
-            let slots = &buckets[bucket].slots;
-            slots.iter().filter(|s| s.load(Ordering::Relaxed) != 0).count()
-        };
+        let used = |bucket: usize| Ways::used(&buckets[bucket]).count();
         loop {
             let first = used(probe.first);
             let bucket = if first < FIRST_BELOW {
@@ -118,9 +179,10 @@ impl FlowMap {
                 }
                 if second < first { probe.second } else { probe.first }
             };
-            for (way, cell) in buckets[bucket].slots.iter().enumerate() {
-                if cell.load(Ordering::Relaxed) == 0
-                    && cell.compare_exchange(0, slot.0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+            for way in Ways::with(&buckets[bucket], Slot::USED, 0) {
+                if buckets[bucket].slots[way]
+                    .compare_exchange(0, slot.0, Ordering::AcqRel, Ordering::Relaxed)
+                    .is_ok()
                 {
                     return Some(Place { bucket, way });
                 }

@@ -26,7 +26,8 @@ pub(super) struct Bucket {
 pub(super) struct Slot(pub u64);
 
 impl Slot {
-    const USED: u64 = 1 << 32;
+    /// Set in every slot that is not empty.
+    pub const USED: u64 = 1 << 32;
     const REPLY: u64 = 1 << 33;
     const EXTENDED: u64 = 1 << 34;
     const TAG_SHIFT: u32 = 35;
@@ -43,6 +44,11 @@ impl Slot {
         let reply = if direction == Direction::Reply { Self::REPLY } else { 0 };
         let extended = if extended { Self::EXTENDED } else { 0 };
         Slot(Self::wanted(hash) | reply | extended | u64::from(record))
+    }
+
+    #[inline]
+    pub fn is_used(self) -> bool {
+        self.0 & Self::USED != 0
     }
 
     #[inline]

@@ -135,8 +135,10 @@ impl FlowMap {
             if slot.0 == 0 {
                 continue;
             }
-            let is_good =
-                record < records && live.get(record) && linked[slot.direction() as usize].set(record);
+            let is_good = slot.is_used()
+                && record < records
+                && live.get(record)
+                && linked[slot.direction() as usize].set(record);
             if !is_good {
                 cell.store(0, Ordering::Relaxed);
                 recovery.cleared_slots += 1;
