@@ -70,7 +70,9 @@ fn look_up_burst(map: &FlowMap, burst: &[Tuple]) -> usize {
         *hash = map.hash(tuple);
         map.prefetch(*hash);
     }
-    hashes.iter().for_each(|hash| map.prefetch_record(*hash));
+    hashes.iter().for_each(|hash| {
+        let _ = map.prefetch_record(*hash);
+    });
     burst.iter().zip(hashes).filter_map(|(tuple, hash)| map.lookup(tuple, hash)?.translated()).count()
 }
 

@@ -148,10 +148,25 @@ class Bypass(System):
     translates = False
     is_transparent = True
     queues = 2
+    # What it does otherwise than Towpath.
+    tricks = ()
 
     def start(self, rig, case):
         cpus = [word for cpu in (1, 0)[:case.queues] for word in ("--cpu", cpu)]
-        _forward(rig, self.binaries, "bypass", *cpus)
+        _forward(rig, self.binaries, "bypass", *cpus, *self.tricks)
+
+
+class BypassThreaded(Bypass):
+    """Bypass with threaded NAPI: kernel threads receive, instead of whoever sends."""
+
+    def start(self, rig, case):
+        for device in ("g0", "g1"):
+            rig.inside("gw", "sh", "-c", f"echo 1 > /sys/class/net/{device}/threaded")
+        super().start(rig, case)
+
+
+def _bypass(said, *tricks):
+    return type("BypassVariant", (Bypass,), {"__doc__": f"Bypass {said}.", "tricks": tricks})
 
 
 class Redirect(System):
@@ -315,6 +330,15 @@ SYSTEMS = {
     "towpath": Towpath,
     "towpath-adaptive": TowpathAdaptive,
     "bypass": Bypass,
+    "bypass-spin": _bypass("without a pause between two looks at empty rings", "--spin"),
+    "bypass-rings-512": _bypass("with rings of 512 descriptors", "--rings", 512),
+    "bypass-rings-4096": _bypass("with rings of 4,096 descriptors", "--rings", 4096),
+    "bypass-budget-32": _bypass("with the kernel's default of 32 packets a system call", "--tx-budget", 32),
+    "bypass-budget-512": _bypass("with up to 512 packets a system call", "--tx-budget", 512),
+    "bypass-burst-16": _bypass("with bursts of 16 packets", "--burst", 16),
+    "bypass-burst-256": _bypass("with bursts of 256 packets", "--burst", 256),
+    "bypass-busy-poll": _bypass("with preferred busy polling, 20 us a system call", "--busy-poll", 20),
+    "bypass-threaded": BypassThreaded,
     "redirect": Redirect,
     "veth": Veth,
     "testpmd": Testpmd,

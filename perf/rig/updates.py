@@ -82,7 +82,7 @@ def _taker(kind, rig):
 def _changes(kind):
     """For each connection the changes that take turns."""
     if kind.what.startswith("everything"):
-        return [[{"text": _transaction(_state(only)), "endpoint": objects.endpoints(0, 4)[only]} for only in (0, 1)]]
+        return [[{"text": _transaction(_state(only)), "endpoint": _elsewhere(0)[only]} for only in (0, 1)]]
     services = range(1, CONNECTIONS + 1) if "at once" in kind.what else (0,)
     text = {"towpath": _slice_text, "nftables": _nft_text, "iptables": _iptables_text}[kind.system]
     return [
@@ -95,12 +95,17 @@ def _items(services):
     return [item for item in json.loads(objects.manifest(services))["items"] if item.get("addressType") != "IPv6"]
 
 
+def _elsewhere(service):
+    """Addresses that no endpoint has at first."""
+    return objects.endpoints(service + SERVICES, 4)
+
+
 def _state(only):
-    """All objects; the measured Service has one endpoint."""
+    """All objects; the measured Service has one endpoint, where it had none before."""
     items = _items(SERVICES)
     for item in items:
         if item["kind"] == "EndpointSlice" and item["metadata"]["name"] == "web-0-4":
-            item["endpoints"] = [item["endpoints"][only]]
+            item["endpoints"] = [{**item["endpoints"][0], "addresses": [_elsewhere(0)[only]]}]
     return items
 
 
@@ -115,7 +120,7 @@ def _slice_text(service, only):
     if service == 0:
         wanted["endpoints"] = [wanted["endpoints"][only]]
     elif only == 1:
-        for endpoint, addr in zip(wanted["endpoints"], objects.endpoints(service + SERVICES, 4)):
+        for endpoint, addr in zip(wanted["endpoints"], _elsewhere(service)):
             endpoint["addresses"] = [addr]
     return _transaction([wanted])
 

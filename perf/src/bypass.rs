@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use af_xdp::{Burst, FramePool, Socket, SocketConfig, Umem};
+use af_xdp::{Burst, BusyPoll, FramePool, Socket, SocketConfig, Umem};
 use clap::Args;
 
 use crate::place::Place;
@@ -33,6 +33,40 @@ pub struct BypassArguments {
     /// CPU to run on; may be repeated, for a thread and a queue each
     #[arg(long = "cpu", required = true)]
     cpus: Vec<usize>,
+    #[command(flatten)]
+    tricks: Tricks,
+}
+
+/// What Towpath's rings do by default, to be left out or done otherwise, so that it shows what it is good for.
+#[derive(Args, Clone, Copy)]
+struct Tricks {
+    /// Descriptors of each ring; twice as many of the fill ring [default: Towpath's]
+    #[arg(long)]
+    rings: Option<u32>,
+    /// Packets that one system call may send [default: Towpath's]
+    #[arg(long)]
+    tx_budget: Option<u32>,
+    /// Have the worker poll the driver for so many microseconds a system call
+    #[arg(long)]
+    busy_poll: Option<u32>,
+    /// Packets a burst
+    #[arg(long, default_value_t = 64)]
+    burst: usize,
+    /// Look at empty rings again at once
+    #[arg(long)]
+    spin: bool,
+}
+
+impl Tricks {
+    fn config(&self) -> SocketConfig {
+        let mut config = SocketConfig::default();
+        if let Some(len) = self.rings {
+            (config.rx_len, config.tx_len, config.completion_len, config.fill_len) = (len, len, len, 2 * len);
+        }
+        config.tx_budget = self.tx_budget.unwrap_or(config.tx_budget);
+        config.busy_poll = self.busy_poll.map(|time_us| BusyPoll { time_us, budget: 64 });
+        config
+    }
 }
 
 /// Arguments of `redirect`.
@@ -52,10 +86,10 @@ pub fn redirect(RedirectArguments { sides }: &RedirectArguments) -> anyhow::Resu
 }
 
 /// The command `bypass`. Says `ready` on standard output once it forwards.
-pub fn bypass(BypassArguments { sides, cpus }: &BypassArguments) -> anyhow::Result<ExitCode> {
+pub fn bypass(BypassArguments { sides, cpus, tricks }: &BypassArguments) -> anyhow::Result<ExitCode> {
     sides.left.enter()?;
     let mut queues: Vec<Queue> =
-        (0..).zip(cpus).map(|(queue, _)| Queue::open(sides, queue)).collect::<anyhow::Result<_>>()?;
+        (0..).zip(cpus).map(|(queue, _)| Queue::open(sides, queue, tricks)).collect::<anyhow::Result<_>>()?;
     let _programs = [
         sides.left.redirect(queues.iter().map(|queue| &queue.sockets[0]))?,
         sides.right.redirect(queues.iter().map(|queue| &queue.sockets[1]))?,
@@ -66,7 +100,7 @@ pub fn bypass(BypassArguments { sides, cpus }: &BypassArguments) -> anyhow::Resu
         let threads: Vec<_> = queues
             .iter_mut()
             .zip(cpus)
-            .map(|(queue, &cpu)| scope.spawn(move || pin(Some(cpu)).map(|()| queue.forward(end))))
+            .map(|(queue, &cpu)| scope.spawn(move || pin(Some(cpu)).map(|()| queue.forward(end, tricks))))
             .collect();
         threads.into_iter().try_for_each(|thread| thread.join().expect("forwarding does not panic"))
     })?;
@@ -80,8 +114,8 @@ struct Queue {
 }
 
 impl Queue {
-    fn open(sides: &Sides, queue: u32) -> anyhow::Result<Queue> {
-        let config = SocketConfig::default();
+    fn open(sides: &Sides, queue: u32, tricks: &Tricks) -> anyhow::Result<Queue> {
+        let config = tricks.config();
         let mut pool = Umem::anonymous(2 * config.chunks(), 2048).take_frames().expect("just made");
         let sockets = [
             Socket::open(&sides.left.interface, queue, 0, &mut pool, &config)?,
@@ -90,14 +124,14 @@ impl Queue {
         Ok(Queue { sockets, pool })
     }
 
-    fn forward(&mut self, end: Instant) {
+    fn forward(&mut self, end: Instant, tricks: &Tricks) {
         let Queue { sockets, pool } = self;
-        let mut burst = Burst::with_capacity(64);
+        let mut burst = Burst::with_capacity(tricks.burst);
         while Instant::now() < end {
             let mut is_idle = true;
             for from in 0..2 {
                 let to = 1 - from;
-                if sockets[from].receive(pool, &mut burst, 64) > 0 {
+                if sockets[from].receive(pool, &mut burst, tricks.burst) > 0 {
                     is_idle = false;
                     sockets[to].transmit(pool, &mut burst);
                     burst.recycle(pool); // the ring is full: dropped
@@ -107,7 +141,7 @@ impl Queue {
                 sockets[to].complete(pool);
                 sockets[from].refill(pool);
             }
-            if is_idle {
+            if is_idle && !tricks.spin {
                 af_xdp::pause();
             }
         }

@@ -220,6 +220,12 @@ struct Made {
 fn one_by_one(arguments: &UpdatesArguments, changes: &[Change], probe: &Probe) -> anyhow::Result<Made> {
     let mut target = Taker::of(&arguments.to)?;
     let (mut in_force, mut after_last_byte, mut answers) = (histogram(), histogram(), histogram());
+    if arguments.count > 1 {
+        // What was there before may have the endpoint of the first one.
+        target.write(&changes[changes.len() - 1].text)?;
+        target.answer()?;
+        thread::sleep(Duration::from_millis(300));
+    }
     for number in 0..arguments.count {
         let at = number % changes.len();
         probe.first_ns[at].store(u64::MAX, Ordering::Relaxed);
