@@ -14,7 +14,7 @@ use crate::stage::flow::Phase;
 use crate::table::flow_map::{FlowMap, FlowSnapshot};
 
 /// Flow records looked at between two looks for changes.
-const STEP: u32 = 256;
+const STEP: u32 = 512;
 
 /// What is to become of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -36,6 +36,10 @@ const PACE: Duration = Duration::from_millis(1);
 /// How long a client waits for its generation to be in force everywhere.
 const IN_FORCE_WITHIN: Duration = Duration::from_secs(1);
 
+/// How long to rest between two steps of a walk over the flow table: a thread that never sleeps would let the one wait that brings the
+/// next change.
+const BREATH: Duration = Duration::from_micros(50);
+
 /// How often workers, addresses and old snapshots are looked at when nothing else happens.
 const TICK: Duration = Duration::from_millis(25);
 
@@ -194,7 +198,7 @@ impl Committer {
     /// How long the thread may sleep if no change comes.
     fn patience(&self) -> Duration {
         if self.cleanup.is_walking() || self.is_settled && self.steering.is_walking() {
-            return Duration::ZERO;
+            return BREATH;
         }
         match self.waiters.first() {
             Some(waiter) => look_again_after(waiter.since.elapsed()),

@@ -18,7 +18,7 @@ use crate::port::xsk::steer::{Contents, LocalAddress, LocalPort, PrefixUse, Stee
 use crate::table::flow_map::{FlowMap, FlowSnapshot};
 
 /// Flow records looked at between two looks for changes.
-const STEP: u32 = 256;
+const STEP: u32 = 512;
 
 /// How long what only flows need stays at least.
 const AGAIN_AFTER: Duration = Duration::from_secs(10);
