@@ -354,6 +354,31 @@ fn the_data_plane_has_no_privilege() {
 }
 
 #[test]
+fn only_workers_run_on_the_cpus_of_workers() {
+    if !is_root() || std::thread::available_parallelism().unwrap().get() < 2 {
+        return;
+    }
+    let rig = Rig::new();
+    let daemon = rig.start();
+    let tasks = format!("/proc/{}/task", daemon.data_plane());
+    let threads = std::fs::read_dir(tasks).unwrap().map(|entry| {
+        let path = entry.unwrap().path();
+        let status = std::fs::read_to_string(path.join("status")).unwrap();
+        let field =
+            |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
+        (field("Name:"), field("Cpus_allowed_list:"))
+    });
+    let threads: Vec<(String, String)> = threads.collect();
+    assert!(threads.len() > 3, "{threads:?}");
+    for (name, cpus) in &threads {
+        let is_worker = name.starts_with("towpath-work");
+        assert_eq!(is_worker, cpus == "0", "{name} may run on {cpus}");
+        assert_eq!(is_worker, cpus.starts_with('0'), "{name} may run on {cpus}");
+    }
+    assert!(threads.iter().any(|(name, _)| name == "towpath-work0"), "{threads:?}");
+}
+
+#[test]
 fn what_is_wrong_is_said_before_anything_is_touched() {
     if !is_root() {
         return;

@@ -17,6 +17,7 @@ use af_xdp::{FramePool, Statistics, Umem};
 use anyhow::{Context, Result};
 use config::gateway::Gateway;
 use rustix::process::Pid;
+use rustix::thread::{sched_getaffinity, sched_setaffinity};
 use tracing::{info, warn};
 
 use super::manifest::{Manifest, ManifestPort};
@@ -56,6 +57,7 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
         Manifest::read(manifest_fd).context("reading the manifest; only the keeper starts this")?;
     let gateway = &manifest.gateway;
     let workers = gateway.workers.cpus.len();
+    leave_to_workers(&gateway.workers.cpus).context("moving off the workers' CPUs")?;
 
     let keeper = Arc::new(Keeper::new(UnixStream::from(manifest.keeper.take()?)));
     let listener = UnixListener::from(manifest.control.take()?);
@@ -132,6 +134,17 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
         thread.join().map_err(|_| anyhow::anyhow!("a worker panicked outside of a burst"))??;
     }
     anyhow::bail!("a worker ended")
+}
+
+/// Moves this thread, and so those that it starts, off the CPUs of workers, if there are others: a worker that polls would let them wait,
+/// and they would take its CPU when packets come.
+fn leave_to_workers(cpus: &[u32]) -> io::Result<()> {
+    let mut allowed = sched_getaffinity(None)?;
+    cpus.iter().for_each(|cpu| allowed.unset(*cpu as usize));
+    if allowed.count() > 0 {
+        sched_setaffinity(None, &allowed)?;
+    }
+    Ok(())
 }
 
 /// Follows the kernel's tables. When it returns, the first forwarding table is published.
