@@ -75,8 +75,8 @@ def build():
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise Failure("the build failed")
-    found = [json.loads(line).get("executable") for line in done.stdout.splitlines()]
-    return next(path for path in reversed(found) if path)
+    messages = map(json.loads, done.stdout.splitlines())
+    return next(message["executable"] for message in messages if message.get("target", {}).get("kind") == ["bench"] and message.get("executable"))
 
 
 def build_lookup(folder, architecture="native"):
