@@ -145,7 +145,8 @@ def page(campaign):
         f"# Towpath beside other forwarders, {campaign['date']}",
         "",
         f"{first['machine']}, Linux {first['kernel']}, commit {first['commit']}; {campaign['rounds']} rounds of {campaign['seconds']:g} s, "
-        f"{campaign['minutes']:.0f} minutes, scenarios in turns{', those without a goal in every third round' if campaign['seldom'] else ''}; "
+        f"{campaign['minutes']:.0f} minutes, scenarios in turns{', those without a goal in every third round' if campaign['seldom'] else ''}"
+        f"{', ' + campaign['note'] if 'note' in campaign else ''}; "
         "veth pairs between network namespaces, the shortest UDP frames in 1,000 flows if not said otherwise, ten endpoints a Service. Medians over the rounds. "
         "Every packet is checked: address, port, checksums, once only.",
         "",
