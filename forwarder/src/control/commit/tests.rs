@@ -7,8 +7,7 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use config::control::Request;
-use config::control::{Count, Item};
+use config::control::{Count, Item, Request};
 use config::gateway::Gateway;
 
 use super::super::publish::Publisher;

@@ -19,11 +19,6 @@ enum Work {
     Commit,
 }
 
-/// A change that is not committed yet.
-struct Staging {
-    transaction: Transaction,
-}
-
 /// The state of a conversation.
 pub struct Client {
     id: u64,
@@ -33,7 +28,8 @@ pub struct Client {
     written: usize,
     work: Work,
     greeted: bool,
-    staging: Option<Staging>,
+    /// A change that is not committed yet.
+    staging: Option<Transaction>,
     /// The client will send nothing more.
     closed: bool,
     /// After a fault that ends the conversation: nothing more is read, what is in `output` is still sent.
@@ -147,9 +143,9 @@ impl Client {
             Request::Begin(begin) => self.begin(begin),
             operation @ (Request::Apply(_) | Request::Delete(_)) => self.stage(operation, line.len()),
             Request::Commit => match self.staging.take() {
-                Some(staging) => {
+                Some(transaction) => {
                     self.work = Work::Commit;
-                    backend.commit(staging.transaction, ticket(self.id));
+                    backend.commit(transaction, ticket(self.id));
                 }
                 None => self.reply(out_of_order("commit without begin")),
             },
@@ -176,15 +172,15 @@ impl Client {
             return self.end(Fault::new(Code::Request, "begin within a change; commit or abort it first"));
         }
         let charge: Charge = self.budget.charge();
-        self.staging = Some(Staging { transaction: Transaction::new(begin, charge) });
+        self.staging = Some(Transaction::new(begin, charge));
     }
 
     fn stage(&mut self, operation: Request, bytes: usize) {
-        let Some(staging) = &mut self.staging else {
+        let Some(transaction) = &mut self.staging else {
             return self.end(Fault::new(Code::Request, "apply or delete without begin"));
         };
-        match staging.transaction.charge.grow(bytes) {
-            Ok(()) => staging.transaction.add(operation),
+        match transaction.charge.grow(bytes) {
+            Ok(()) => transaction.add(operation),
             Err(fault) => self.end(fault),
         }
     }
