@@ -65,6 +65,10 @@ impl Child {
             .arg0("towpathd")
             .args(["data-plane", "--manifest-fd", &written.as_raw_fd().to_string()])
             .stdin(Stdio::null())
+            // Memory of a change goes back to the kernel with it. glibc otherwise keeps as much as the largest block it ever had
+            // (mallopt(3), M_MMAP_THRESHOLD).
+            .env("MALLOC_MMAP_THRESHOLD_", "131072")
+            .env("MALLOC_TRIM_THRESHOLD_", "1048576")
             // Ctrl-C in a terminal is for the keeper, which stops the data plane in its own way.
             .process_group(0);
         let started = Instant::now();
