@@ -62,20 +62,20 @@ fn count(picks: impl Iterator<Item = usize>, backends: usize) -> Vec<u64> {
 // --- slots -----------------------------------------------------------------------------------------------------------
 
 /// The paper's pseudocode 1. Offset and skip of each backend are two independent hashes.
-fn pseudocode(names: &[u64], size: usize) -> Vec<u16> {
+fn pseudocode(names: &[u64], size: usize) -> Vec<usize> {
     let permutation = |name: &u64| {
         let (offset, skip) = (scatter(name ^ 0xa5a5), scatter(!name));
         (offset as usize % size, skip as usize % (size - 1) + 1)
     };
     let mut turns: Vec<_> = names.iter().map(permutation).collect();
-    let mut slots = vec![u16::MAX; size];
+    let mut slots = vec![usize::MAX; size];
     let mut left = size;
     loop {
         for (index, (next, skip)) in turns.iter_mut().enumerate() {
-            while slots[*next] != u16::MAX {
+            while slots[*next] != usize::MAX {
                 *next = (*next + *skip) % size;
             }
-            slots[*next] = index as u16;
+            slots[*next] = index;
             left -= 1;
             if left == 0 {
                 return slots;
@@ -85,11 +85,11 @@ fn pseudocode(names: &[u64], size: usize) -> Vec<u16> {
 }
 
 /// Highest random weight: each slot goes to the backend whose hash with it is the highest.
-fn rendezvous(names: &[u64], size: usize) -> Vec<u16> {
+fn rendezvous(names: &[u64], size: usize) -> Vec<usize> {
     let best = |slot: u64| {
         let slot = scatter(slot + 1);
         let weighed = (0..).zip(names).map(|(index, name)| (scatter(slot ^ name), index));
-        weighed.max().map_or(0, |(_, index): (u64, u16)| index)
+        weighed.max().map_or(0, |(_, index): (u64, usize)| index)
     };
     (0..size as u64).map(best).collect()
 }
@@ -107,8 +107,8 @@ fn slots_line(what: &str, counts: &[u64], weights: impl Fn(usize) -> u32, note: 
     );
 }
 
-fn slots_of(slots: &[u16], backends: usize) -> Vec<u64> {
-    count(slots.iter().map(|index| usize::from(*index)), backends)
+fn slots_of(slots: &[usize], backends: usize) -> Vec<u64> {
+    count(slots.iter().copied(), backends)
 }
 
 fn slots() {
@@ -118,11 +118,11 @@ fn slots() {
         let start = Instant::now();
         let table = Maglev::build(KEY, &backends);
         let built = format!("built in {:.1?}", start.elapsed());
-        slots_line("ours", &slots_of(table.slots(), backends.len()), |_| 1, &built);
+        slots_line("ours", &slots_of(&table.to_indexes(), backends.len()), |_| 1, &built);
     }
     let backends = backends(100, weight);
     let table = Maglev::build(KEY, &backends);
-    slots_line("ours, weights 1, 2, 5, 10", &slots_of(table.slots(), 100), weight, "");
+    slots_line("ours, weights 1, 2, 5, 10", &slots_of(&table.to_indexes(), 100), weight, "");
     let names: Vec<u64> = (0..1_000).map(|i| scatter(i + 1)).collect();
     for size in [65_537, 655_373] {
         let note = match size {
@@ -281,7 +281,7 @@ fn disruption() {
                 }
             };
             let (old, new) = (Maglev::build(KEY, &before), Maglev::build(KEY, &after));
-            sizes = (old.slots().len(), new.slots().len());
+            sizes = (old.to_indexes().len(), new.to_indexes().len());
             moved(&before, &after, [&|hash| old.pick(hash), &|hash| new.pick(hash)])
         });
         disruption_line(what, count, change, sizes, result);
@@ -303,9 +303,8 @@ fn disruption() {
                 let table =
                     |list: &[(u64, u32)]| pseudocode(&list.iter().map(|one| one.0).collect::<Vec<_>>(), size);
                 let (old, new) = (table(&all), table(&rest));
-                let at = |slots: &[u16], hash: u64| {
-                    usize::from(slots[((u128::from(hash) * size as u128) >> 64) as usize])
-                };
+                let at =
+                    |slots: &[usize], hash: u64| slots[((u128::from(hash) * size as u128) >> 64) as usize];
                 moved(&all, &rest, [&|hash| at(&old, hash), &|hash| at(&new, hash)])
             });
             disruption_line("the paper's pseudocode", 1_000, change, (size, size), result);

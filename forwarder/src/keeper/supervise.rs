@@ -26,6 +26,12 @@ const FAST: Duration = Duration::from_millis(200);
 /// How often heartbeats are looked at.
 const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 25_000_000 };
 
+/// What glibc's allocator is to do in the data plane (the GNU C library manual, "Memory Allocation Tunables"). Tables lie in huge pages,
+/// which only the first arena is given; what a large change took goes back to the kernel with it, where glibc would otherwise keep
+/// as much as the largest block it ever had.
+const ALLOCATOR: &str = "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:\
+                         glibc.malloc.mmap_threshold=131072:glibc.malloc.trim_threshold=1048576";
+
 /// How long to wait before the next start after `fast_deaths` fast deaths in a row: not at all after the first, which may
 /// be a coincidence, then twice as long each time, at most five seconds.
 fn backoff(fast_deaths: u32) -> Duration {
@@ -65,10 +71,7 @@ impl Child {
             .arg0("towpathd")
             .args(["data-plane", "--manifest-fd", &written.as_raw_fd().to_string()])
             .stdin(Stdio::null())
-            // Memory of a change goes back to the kernel with it. glibc otherwise keeps as much as the largest block it ever had
-            // (mallopt(3), M_MMAP_THRESHOLD).
-            .env("MALLOC_MMAP_THRESHOLD_", "131072")
-            .env("MALLOC_TRIM_THRESHOLD_", "1048576")
+            .env("GLIBC_TUNABLES", ALLOCATOR)
             // Ctrl-C in a terminal is for the keeper, which stops the data plane in its own way.
             .process_group(0);
         let started = Instant::now();

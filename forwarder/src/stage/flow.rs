@@ -1,11 +1,12 @@
 //! Finds the flow of each packet and follows its state.
 //!
-//! Three passes, so that the memory of a whole burst is on its way before the first flow is looked at: buckets, records, answers.
+//! Four passes, so that the memory of a whole burst is on its way before the first flow is looked at: buckets, records, the ways back to
+//! the sources, answers.
 
 use config::gateway::FlowsSection;
 
 use crate::addr::{Addr, protocol};
-use crate::packet::{Layer4, Packet, Rewrite};
+use crate::packet::{BURST, Layer4, Packet, Rewrite};
 use crate::pipeline::Context;
 use crate::stage::reset;
 use crate::table::flow_map::{Direction, FlowRef, Hit};
@@ -118,6 +119,13 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
     for packet in burst.iter_mut().filter(|p| p.undecided() && has_flow(p.layer4)) {
         packet.candidate = cx.flows.prefetch_record(packet.hash);
     }
+    // With nothing else between them, the processor looks up several at once.
+    let mut is_spoofed = [false; BURST];
+    for (packet, is_spoofed) in burst.iter().zip(&mut is_spoofed) {
+        if packet.undecided() && has_flow(packet.layer4) {
+            *is_spoofed = !source_side_matches(packet.tuple.src, packet.port, cx.tables, cx.fib);
+        }
+    }
     for (index, packet) in burst.iter_mut().enumerate() {
         if !packet.undecided() || !has_flow(packet.layer4) {
             continue;
@@ -127,7 +135,7 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
             continue;
         };
         let (direction, flow) = (hit.direction, hit.flow);
-        if !source_side_matches(packet.tuple.src, packet.port, cx.tables, cx.fib) {
+        if is_spoofed[index] {
             packet.drop(Reason::SpoofedSource);
             continue;
         }

@@ -3,7 +3,7 @@
 use config::gateway::MssClamp;
 
 use crate::addr::Addr;
-use crate::packet::{Answer, Layer4, Packet, Rewrite};
+use crate::packet::{Answer, BURST, Layer4, Packet, Rewrite};
 use crate::pipeline::Context;
 use crate::tables::{Fib, NextHop, Route};
 use crate::trace::{Step, Trace};
@@ -12,11 +12,18 @@ use crate::wire::{ipv4, ipv6, tcp};
 
 /// Routes every packet that no stage has decided about.
 pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
-    for (index, packet) in burst.iter_mut().enumerate() {
+    // With nothing else between them, the processor looks up several at once.
+    let mut routes = [None; BURST];
+    for (packet, route) in burst.iter().zip(&mut routes) {
+        if packet.undecided() {
+            *route = cx.fib.routes.lookup(packet.out.dst);
+        }
+    }
+    for (index, (packet, found)) in burst.iter_mut().zip(routes).enumerate() {
         if !packet.undecided() {
             continue;
         }
-        route(packet, index, cx.fib, trace);
+        route(packet, index, found, cx.fib, trace);
         if let Layer4::Tcp { flags } = packet.layer4
             && flags & tcp::SYN != 0
         {
@@ -25,9 +32,9 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
     }
 }
 
-fn route(packet: &mut Packet, index: usize, fib: &Fib, trace: &mut impl Trace) {
+fn route(packet: &mut Packet, index: usize, found: Option<Route>, fib: &Fib, trace: &mut impl Trace) {
     let destination = packet.out.dst;
-    match fib.routes.lookup(destination) {
+    match found {
         Some(Route::NextHop(hop)) => match fib.next_hops.get(hop as usize) {
             Some(next_hop) => {
                 trace_route(packet, index, next_hop.port, next_hop.gateway, fib, trace);

@@ -21,7 +21,20 @@ pub const BACKENDS_MAX: usize = 1 << 16;
 /// Slots to indexes of backends.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Maglev {
-    slots: Box<[u16]>,
+    slots: Slots,
+}
+
+/// As narrow as the number of backends allows: a byte for nearly all Services.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Slots {
+    Bytes(Box<[u8]>),
+    Words(Box<[u16]>),
+}
+
+impl Default for Slots {
+    fn default() -> Slots {
+        Slots::Bytes(Box::default())
+    }
 }
 
 /// A backend that is being given slots.
@@ -46,7 +59,7 @@ const fn mix(mut x: u64) -> u64 {
 impl Maglev {
     /// Builds the table. `backends`: a stable hash and a weight of each; `key`: the same on every gateway.
     ///
-    /// At least 100 slots a backend, 2 bytes each; one backend needs a single slot. A backend of weight 0 gets none, unless all weights
+    /// At least 100 slots a backend, a byte each up to 256 backends, else two; one backend needs a single slot. A backend of weight 0 gets none, unless all weights
     /// are 0: then all are equal. Without backends the table is empty.
     pub fn build(key: u64, backends: &[(u64, u32)]) -> Self {
         let wanted = backends.len().min(BACKENDS_MAX) * SLOTS_PER_BACKEND;
@@ -60,55 +73,83 @@ impl Maglev {
     /// `size`: a prime, or 1.
     fn with_size(size: u32, key: u64, backends: &[(u64, u32)]) -> Self {
         let mut turns = turns(size, key, backends);
-        let mut slots = vec![0u16; size as usize].into_boxed_slice();
-        let mut free = FreeSlots::new(size);
-        let heaviest = turns.iter().map(|turn| turn.weight).max().unwrap_or(1);
-        let mut round = 0;
-        while free.left > 0 && !turns.is_empty() {
-            round += 1;
-            for turn in &mut turns {
-                if round * turn.weight < turn.due {
-                    continue;
-                }
-                turn.due += heaviest;
-                let slot = free.take_first(turn);
-                slots[slot as usize] = turn.index;
-                if free.left == 0 {
-                    break;
-                }
-            }
-        }
+        let slots = match backends.len() {
+            0..=256 => Slots::Bytes(share_out(size, &mut turns, |index| index as u8)),
+            _ => Slots::Words(share_out(size, &mut turns, |index| index)),
+        };
         Maglev { slots }
     }
 
     /// Index of the backend for `hash`, all of whose bits count; the table must not be empty.
     #[inline]
     pub fn pick(&self, hash: u64) -> usize {
-        self.slots[self.slot(hash)] as usize
+        match &self.slots {
+            Slots::Bytes(slots) => slots[slot(hash, slots.len())] as usize,
+            Slots::Words(slots) => slots[slot(hash, slots.len())] as usize,
+        }
     }
 
     /// Asks for the slot of `hash`, ahead of its use.
     #[inline]
     pub fn prefetch(&self, hash: u64) {
-        if let Some(slot) = self.slots.get(self.slot(hash)) {
-            prefetch(slot);
+        match &self.slots {
+            Slots::Bytes(slots) => slots.get(slot(hash, slots.len())).into_iter().for_each(prefetch),
+            Slots::Words(slots) => slots.get(slot(hash, slots.len())).into_iter().for_each(prefetch),
         }
-    }
-
-    #[inline]
-    fn slot(&self, hash: u64) -> usize {
-        ((u128::from(hash) * self.slots.len() as u128) >> 64) as usize
     }
 
     /// True if there is no backend to pick.
     pub fn is_empty(&self) -> bool {
-        self.slots.is_empty()
+        match &self.slots {
+            Slots::Bytes(slots) => slots.is_empty(),
+            Slots::Words(slots) => slots.is_empty(),
+        }
     }
 
     /// The index of a backend in each slot.
-    pub fn slots(&self) -> &[u16] {
-        &self.slots
+    pub fn to_indexes(&self) -> Vec<usize> {
+        match &self.slots {
+            Slots::Bytes(slots) => slots.iter().map(|index| usize::from(*index)).collect(),
+            Slots::Words(slots) => slots.iter().map(|index| usize::from(*index)).collect(),
+        }
     }
+
+    /// Bytes on the heap.
+    pub fn bytes(&self) -> usize {
+        match &self.slots {
+            Slots::Bytes(slots) => size_of_val(&**slots),
+            Slots::Words(slots) => size_of_val(&**slots),
+        }
+    }
+}
+
+/// The slot of `hash` among so many.
+#[inline]
+fn slot(hash: u64, count: usize) -> usize {
+    ((u128::from(hash) * count as u128) >> 64) as usize
+}
+
+/// Lets the backends take turns until no slot is free.
+fn share_out<S: Clone + Default>(size: u32, turns: &mut [Turn], of_index: impl Fn(u16) -> S) -> Box<[S]> {
+    let mut slots = vec![S::default(); size as usize].into_boxed_slice();
+    let mut free = FreeSlots::new(size);
+    let heaviest = turns.iter().map(|turn| turn.weight).max().unwrap_or(1);
+    let mut round = 0;
+    while free.left > 0 && !turns.is_empty() {
+        round += 1;
+        for turn in &mut *turns {
+            if round * turn.weight < turn.due {
+                continue;
+            }
+            turn.due += heaviest;
+            let slot = free.take_first(turn);
+            slots[slot as usize] = of_index(turn.index);
+            if free.left == 0 {
+                break;
+            }
+        }
+    }
+    slots
 }
 
 /// The backends that get slots, in an order that does not depend on the caller's.
@@ -176,7 +217,7 @@ mod tests {
 
     fn shares(table: &Maglev, count: usize) -> Vec<u32> {
         let mut shares = vec![0; count];
-        table.slots().iter().for_each(|i| shares[usize::from(*i)] += 1);
+        table.to_indexes().into_iter().for_each(|i| shares[i] += 1);
         shares
     }
 
@@ -184,14 +225,15 @@ mod tests {
     fn moved_needlessly(
         before: &Maglev,
         after: &Maglev,
-        name: impl Fn(u16) -> Option<u64>,
+        name: impl Fn(usize) -> Option<u64>,
         names: &[u64],
     ) -> f64 {
-        let moved = before.slots().iter().zip(after.slots()).filter(|(old, new)| {
+        let (before, after) = (before.to_indexes(), after.to_indexes());
+        let moved = before.iter().zip(after).filter(|(old, new)| {
             let old = name(**old);
-            old.is_some() && old != Some(names[usize::from(**new)])
+            old.is_some() && old != Some(names[*new])
         });
-        moved.count() as f64 / before.slots().len() as f64
+        moved.count() as f64 / before.len() as f64
     }
 
     #[test]
@@ -227,7 +269,7 @@ mod tests {
             assert_eq!(rest.len() as u64, 1_000 - leaving);
             let names: Vec<u64> = rest.iter().map(|b| b.0).collect();
             let after = Maglev::with_size(65_537, 3, &rest);
-            let survivor = |old: u16| names.binary_search(&u64::from(old)).is_ok().then_some(u64::from(old));
+            let survivor = |old: usize| names.binary_search(&(old as u64)).is_ok().then_some(old as u64);
             let moved = moved_needlessly(&before, &after, survivor, &names);
             println!("{leaving} of 1000 backends leave: {:.2} % of slots move needlessly", moved * 100.0);
             assert!(moved < 0.02 + 0.003 * leaving as f64, "{leaving} leaving: {moved}");
@@ -250,8 +292,9 @@ mod tests {
     #[test]
     fn keys_give_different_tables() {
         let (one, two) = (Maglev::build(1, &backends(10)), Maglev::build(2, &backends(10)));
-        let same = one.slots().iter().zip(two.slots()).filter(|(a, b)| a == b).count();
-        assert!(same < one.slots().len() / 5, "{same} of {}", one.slots().len());
+        let (one, two) = (one.to_indexes(), two.to_indexes());
+        let same = one.iter().zip(&two).filter(|(a, b)| a == b).count();
+        assert!(same < one.len() / 5, "{same} of {}", one.len());
     }
 
     #[test]
@@ -259,7 +302,7 @@ mod tests {
         let weighted = [(1, 1), (2, 2), (3, 0), (4, 5), (5, 100)];
         let table = Maglev::build(9, &weighted);
         let shares = shares(&table, 5);
-        let slots = table.slots().len() as f64;
+        let slots = table.to_indexes().len() as f64;
         for (i, (_, weight)) in weighted.iter().enumerate() {
             let expected = slots * f64::from(*weight) / 108.0;
             assert!((f64::from(shares[i]) - expected).abs() <= 2.0, "{shares:?}");
@@ -275,11 +318,19 @@ mod tests {
         assert!(Maglev::build(0, &[]).is_empty());
         assert!(Maglev::default().is_empty());
         let one = Maglev::build(0, &[(77, 3)]);
-        assert_eq!((one.pick(0), one.pick(u64::MAX), one.slots().len()), (0, 0, 1));
+        assert_eq!((one.pick(0), one.pick(u64::MAX), one.to_indexes().len()), (0, 0, 1));
         // Equal hashes are a caller's mistake, not an endless loop.
         let twins = Maglev::build(0, &[(7, 1), (7, 1), (7, 1)]);
         assert!(shares(&twins, 3).iter().all(|share| *share > 100));
         let tenth = Maglev::build(0, &backends(10));
-        assert!(size_of_val(tenth.slots()) <= 2_048, "a service of 10 endpoints");
+        assert!(tenth.bytes() <= 1_024, "a service of 10 endpoints");
+        // The last index that fits a byte, and the first that does not.
+        for (count, bytes) in [(256, 32_749), (257, 2 * 32_749)] {
+            let table = Maglev::build(0, &backends(count));
+            assert_eq!(
+                (table.bytes(), table.to_indexes().into_iter().max()),
+                (bytes, Some(count as usize - 1))
+            );
+        }
     }
 }

@@ -7,17 +7,22 @@ pub mod paged;
 pub mod record_ring;
 pub mod spread;
 
-/// Asks the processor for the first line of `item`, without waiting for it.
-#[inline]
+/// Most lines of one item that are asked for: more of them would push each other out of the processor's few buffers.
+const LINES_MAX: usize = 8;
+
+/// Asks the processor for the lines of `item`, without waiting for them.
+#[inline(always)]
 #[allow(unsafe_code)]
 pub(crate) fn prefetch<T: ?Sized>(item: &T) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    // SAFETY: a prefetch reads nothing architecturally and `item` is a valid reference.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(
-            std::ptr::from_ref(item).cast(),
-        );
+    for offset in (0..size_of_val(item)).step_by(64).take(LINES_MAX) {
+        // SAFETY: a prefetch reads nothing architecturally, and the address lies within a valid reference.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(
+                std::ptr::from_ref(item).cast::<i8>().add(offset),
+            );
+        }
     }
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-    let _ = item;
+    let _ = (item, LINES_MAX);
 }
