@@ -31,6 +31,9 @@ pub const SNAT_VIP6: &str = "2001:db8::20";
 pub const PORTS: [(&str, &str, u16); 4] =
     [("http", "TCP", 80), ("iperf", "TCP", 5201), ("iperf-udp", "UDP", 5201), ("echo", "UDP", 7)];
 
+/// The pod of the node that [`Cluster::second_node`] adds.
+pub const FAR_POD: [&str; 2] = ["10.244.2.11", "fd00:244:2::11"];
+
 /// The gateway file; `[control]` and the region are added by [`Towpathd::start`].
 pub const GATEWAY: &str = r#"
 [gateway]
@@ -120,6 +123,34 @@ impl Cluster {
         let mut cluster = Cluster { daemon: Some(daemon), servers, client, gateway, node, folder };
         cluster.wait_for_servers()?;
         Ok(cluster)
+    }
+
+    /// Adds node-2 at 10.2.0.12 with the pod [`FAR_POD`], by plain routes; its link is a macvlan beside n0. `name`: of its namespace.
+    pub fn second_node(&self, name: &str) -> Result<Namespace> {
+        let node = Namespace::new(name)?;
+        node.sysctl(&["net.ipv6.conf.all.accept_dad=0", "net.ipv6.conf.default.accept_dad=0"])?;
+        let link = format!(
+            "link add n2 link n0 netns {} address 02:00:00:00:03:12 type macvlan mode bridge",
+            node.name()
+        );
+        self.node.ip(&link)?;
+        for args in [
+            "link set n2 up",
+            "address add 10.2.0.12/24 dev n2",
+            "address add fd00:2::12/64 dev n2 nodad",
+            "address add 10.244.2.11/32 dev lo",
+            "address add fd00:244:2::11/128 dev lo nodad",
+            "route add default via 10.2.0.1",
+            "route add default via fd00:2::1",
+        ] {
+            node.ip(args)?;
+        }
+        self.daemon().apply(
+            "---\n{apiVersion: v1, kind: Node, metadata: {name: node-2}, \
+             spec: {podCIDR: 10.244.2.0/24, podCIDRs: [10.244.2.0/24, 'fd00:244:2::/64']}, \
+             status: {addresses: [{type: InternalIP, address: 10.2.0.12}, {type: InternalIP, address: 'fd00:2::12'}]}}\n",
+        )?;
+        Ok(node)
     }
 
     /// The running daemon.
