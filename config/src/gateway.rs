@@ -32,6 +32,9 @@ pub struct Gateway {
     /// Addresses and ports for masquerading.
     #[serde(default)]
     pub snat: SnatSection,
+    /// What a source address is checked for.
+    #[serde(default)]
+    pub source_checks: SourceChecks,
     /// Connections of pods to the outside of the cluster that are masqueraded; the first that fits counts.
     #[serde(default)]
     pub egress: Vec<EgressSection>,
@@ -231,6 +234,34 @@ pub struct SnatSection {
     pub addresses: Vec<IpAddr>,
     /// Source ports that are ours alone.
     pub ports: PortRange,
+}
+
+/// `[source_checks]`: packets whose source cannot be right are dropped, each kind unless it is switched off here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SourceChecks {
+    /// A source that is inside, such as a pod's, from the outside (RFC 3704).
+    pub pod_from_outside: bool,
+    /// A source that is outside, such as a client's, from the inside (RFC 2827).
+    pub client_from_inside: bool,
+    /// A source that is ours: an address of a Service, or of the gateway.
+    pub own_source: bool,
+    /// A source that may not appear on a wire: loopback, multicast, reserved (RFC 1812 section 5.3.7, RFC 6890).
+    pub martian_source: bool,
+    /// A source that is the destination.
+    pub land: bool,
+}
+
+impl Default for SourceChecks {
+    fn default() -> SourceChecks {
+        SourceChecks {
+            pod_from_outside: true,
+            client_from_inside: true,
+            own_source: true,
+            martian_source: true,
+            land: true,
+        }
+    }
 }
 
 /// `[[egress]]`: connections that pods open to the outside of the cluster and that leave with an address of the gateway. Pods, nodes and

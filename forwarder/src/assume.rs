@@ -103,6 +103,7 @@ pub fn from_objects(manifests: &[Manifest], node: Option<String>) -> Assumed {
             ..GatewaySection::default()
         },
         snat: Default::default(),
+        source_checks: Default::default(),
         egress: Vec::new(),
         overlay: Default::default(),
         control: Default::default(),

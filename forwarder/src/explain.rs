@@ -406,7 +406,7 @@ mod tests {
         let report = scene().explain(&spec("10.244.1.2", "192.0.2.99", From::Guess)).unwrap();
         assert_eq!((report.verdict.as_str(), report.port.as_deref()), ("forward", Some("uplink")));
         let spoofed = scene().explain(&spec("10.244.1.2", "192.0.2.99", From::Outside)).unwrap();
-        assert_eq!(spoofed.reason.as_deref(), Some("spoofed_source"));
+        assert_eq!(spoofed.reason.as_deref(), Some("pod_from_outside"));
     }
 
     #[test]

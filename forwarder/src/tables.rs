@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use config::gateway::MssClamp;
+use config::gateway::{MssClamp, SourceChecks};
 use ipnet::IpNet;
 
 use crate::addr::Addr;
@@ -92,6 +92,8 @@ pub struct Settings {
     pub lb_key: u64,
     /// `[gateway] mss_clamp`.
     pub mss_clamp: MssClamp,
+    /// `[source_checks]`.
+    pub source_checks: SourceChecks,
 }
 
 /// Connections of pods to the outside that are masqueraded.

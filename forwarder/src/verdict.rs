@@ -38,7 +38,9 @@ reasons! {
     MartianDestination = "martian_destination", "A destination address that may not appear on a wire.";
     Land = "land", "Source and destination address are the same.";
     NotOurMac = "not_our_mac", "A unicast packet in a link-layer broadcast, multicast or foreign frame.";
-    SpoofedSource = "spoofed_source", "A pod or service source from the outside, or the reverse.";
+    PodFromOutside = "pod_from_outside", "A source that is inside, such as a pod's, came in from the outside.";
+    ClientFromInside = "client_from_inside", "A source that is outside, such as a client's, came in from the inside.";
+    OwnSource = "own_source", "The source is ours: an address of a Service, or of the gateway.";
     // Service rules, kubernetes pkg/proxy.
     NoEndpoints = "no_endpoints", "The Service has no endpoints at all: rejected.";
     ZeroWeight = "zero_weight", "Every endpoint in the list has weight 0: rejected.";

@@ -3,7 +3,9 @@
 #[allow(dead_code)] // the bench uses the rest of it
 mod rig;
 
-use config::gateway::MssClamp;
+use std::sync::Arc;
+
+use config::gateway::{MssClamp, SourceChecks};
 use forwarder::addr::Addr;
 use forwarder::verdict::{Reason, Verdict};
 use rig::{
@@ -280,34 +282,85 @@ fn an_icmp_error_that_is_made_up_goes_nowhere() {
     ));
 }
 
-#[test]
-fn spoofed_and_martian_sources_are_dropped() {
-    let mut gateway = Gateway::new();
-    let drop = |gateway: &mut Gateway, port, packet: Vec<u8>| gateway.judge(port, &packet).0;
-    let spoofed = Verdict::Drop(Reason::SpoofedSource);
-    assert_eq!(
-        drop(&mut gateway, OUTSIDE, udp(POD_1, 1, VIP, 53, b"")),
-        spoofed,
-        "pod source from the outside"
-    );
-    assert_eq!(
-        drop(&mut gateway, INSIDE, udp(CLIENT, 1, VIP, 53, b"")),
-        spoofed,
-        "client source from the inside"
-    );
-    assert_eq!(
-        drop(&mut gateway, OUTSIDE, udp(rig::addr("198.51.100.1"), 1, VIP, 53, b"")),
-        spoofed,
-        "own address"
-    );
-    assert_eq!(drop(&mut gateway, OUTSIDE, udp(VIP, 1, POD_1, 53, b"")), spoofed, "VIP as source");
-    let martian = Verdict::Drop(Reason::MartianSource);
+/// A packet that one source check refuses, with the side that it comes in by.
+struct Refused {
+    reason: Reason,
+    port: u8,
+    packet: Vec<u8>,
+    what: &'static str,
+}
+
+fn refused() -> Vec<Refused> {
+    let (own, vip6) = (rig::addr("198.51.100.1"), rig::addr("2001:db8::10"));
+    let refused =
+        |reason, port, src, dst, what| Refused { reason, port, packet: udp(src, 1, dst, 53, b""), what };
+    let mut all = vec![
+        refused(Reason::PodFromOutside, OUTSIDE, POD_1, VIP, "pod source from the outside"),
+        refused(Reason::ClientFromInside, INSIDE, CLIENT, VIP, "client source from the inside"),
+        refused(Reason::OwnSource, OUTSIDE, own, VIP, "own address"),
+        refused(Reason::OwnSource, OUTSIDE, VIP, POD_1, "VIP as source"),
+        refused(Reason::Land, INSIDE, POD_1, POD_1, "from itself to itself"),
+    ];
     for source in ["127.0.0.1", "0.0.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::1", "ff02::1"] {
         let source = rig::addr(source);
-        let to = if source.is_v4() { VIP } else { rig::addr("2001:db8::10") };
-        assert_eq!(drop(&mut gateway, OUTSIDE, udp(source, 1, to, 53, b"")), martian, "{source}");
+        let to = if source.is_v4() { VIP } else { vip6 };
+        all.push(refused(Reason::MartianSource, OUTSIDE, source, to, "martian"));
     }
-    assert_eq!(drop(&mut gateway, OUTSIDE, udp(VIP, 53, VIP, 53, b"")), Verdict::Drop(Reason::Land));
+    all
+}
+
+/// The switch of a source check.
+fn switch(checks: &mut SourceChecks, reason: Reason) -> &mut bool {
+    match reason {
+        Reason::PodFromOutside => &mut checks.pod_from_outside,
+        Reason::ClientFromInside => &mut checks.client_from_inside,
+        Reason::OwnSource => &mut checks.own_source,
+        Reason::MartianSource => &mut checks.martian_source,
+        Reason::Land => &mut checks.land,
+        _ => unreachable!("no source check"),
+    }
+}
+
+#[test]
+fn each_source_that_cannot_be_right_is_dropped_for_its_own_reason() {
+    let mut gateway = Gateway::new();
+    for Refused { reason, port, packet, what } in refused() {
+        assert_eq!(gateway.judge(port, &packet).0, Verdict::Drop(reason), "{what}");
+    }
+    assert_eq!(gateway.judge(OUTSIDE, &udp(VIP, 53, VIP, 53, b"")).0, Verdict::Drop(Reason::Land));
+}
+
+#[test]
+fn each_source_check_has_a_switch_of_its_own() {
+    let off = SourceChecks {
+        pod_from_outside: false,
+        client_from_inside: false,
+        own_source: false,
+        martian_source: false,
+        land: false,
+    };
+    for Refused { reason, port, packet, what } in refused() {
+        let mut gateway = Gateway::new();
+        let mut judge = |checks| {
+            Arc::make_mut(&mut gateway.tables.settings).source_checks = checks;
+            gateway.judge(port, &packet).0
+        };
+        let mut checks = off;
+        *switch(&mut checks, reason) = true;
+        assert_eq!(judge(checks), Verdict::Drop(reason), "{what}: all others are off");
+        checks = SourceChecks::default();
+        *switch(&mut checks, reason) = false;
+        assert!(matches!(judge(checks), Verdict::Forward { .. }), "{what}: it is off");
+    }
+}
+
+#[test]
+fn a_mapped_source_is_never_taken_for_ipv4() {
+    let mut gateway = Gateway::new();
+    let mut packet = udp(rig::addr("2001:db8:c::2"), 1, rig::addr("2001:db8::10"), 53, b"");
+    packet[22..38].copy_from_slice(&std::net::Ipv4Addr::new(198, 51, 100, 2).to_ipv6_mapped().octets());
+    Arc::make_mut(&mut gateway.tables.settings).source_checks.martian_source = false;
+    assert_eq!(gateway.judge(OUTSIDE, &packet).0, Verdict::Drop(Reason::MartianSource));
 }
 
 #[test]

@@ -7,16 +7,13 @@
 
 use std::time::Duration;
 
-use tests::cluster::{Cluster, GATEWAY, SNAT_VIP, VIP, VIP6, pod_v4, pod_v6};
+use tests::cluster::{Cluster, FAR_POD, GATEWAY, SNAT_VIP, VIP, VIP6, pod_v4, pod_v6};
 use tests::namespace::Namespace;
 
 /// Of the node's VXLAN device.
 const VTEP: &str = "02:00:00:00:09:09";
 /// Of the gateway's inside port, as [`Cluster`] makes it.
 const FABRIC: &str = "02:00:00:00:03:01";
-/// A pod of the other node.
-const NATIVE: [&str; 2] = ["10.244.2.11", "fd00:244:2::11"];
-
 /// Node and gateway, as ends of the tunnel.
 const ENDS: [(&str, &str); 2] = [("10.2.0.11", "10.2.0.1"), ("fd00:2::11", "fd00:2::1")];
 
@@ -56,43 +53,12 @@ fn through_vxlan(cluster: &Cluster) -> [u64; 2] {
     [count("rx"), count("tx")]
 }
 
-/// node-2, with a pod, by plain routes.
-fn native_node(cluster: &Cluster, name: &str) -> Namespace {
-    let node = Namespace::new(name).unwrap();
-    node.sysctl(&["net.ipv6.conf.all.accept_dad=0", "net.ipv6.conf.default.accept_dad=0"]).unwrap();
-    let link = format!(
-        "link add n2 link n0 netns {} address 02:00:00:00:03:12 type macvlan mode bridge",
-        node.name()
-    );
-    cluster.node.ip(&link).unwrap();
-    for args in [
-        "link set n2 up",
-        "address add 10.2.0.12/24 dev n2",
-        "address add fd00:2::12/64 dev n2 nodad",
-        "address add 10.244.2.11/32 dev lo",
-        "address add fd00:244:2::11/128 dev lo nodad",
-        "route add default via 10.2.0.1",
-        "route add default via fd00:2::1",
-    ] {
-        node.ip(args).unwrap();
-    }
-    cluster
-        .daemon()
-        .apply(
-            "---\n{apiVersion: v1, kind: Node, metadata: {name: node-2}, \
-             spec: {podCIDR: 10.244.2.0/24, podCIDRs: [10.244.2.0/24, 'fd00:244:2::/64']}, \
-             status: {addresses: [{type: InternalIP, address: 10.2.0.12}, {type: InternalIP, address: 'fd00:2::12'}]}}\n",
-        )
-        .unwrap();
-    node
-}
-
 /// Service to pod, pod to pod, and a download over the death of the data plane, by a tunnel between these ends.
 fn reaches_pods(name: &str, ends: (&str, &str)) {
     let cluster = Cluster::with(name, 3, 1, &gateway_file()).unwrap();
     let mtu = if ends.0.contains(':') { 1430 } else { 1450 };
     behind_vxlan(&cluster, ends, mtu);
-    let native = native_node(&cluster, &format!("{name}-n2"));
+    let native = cluster.second_node(&format!("{name}-n2")).unwrap();
 
     let answer = cluster.curl(&[&format!("http://{VIP}/")]).unwrap();
     assert!(answer.starts_with("10.244.1.1") && answer.ends_with(" 198.51.100.2\n"), "{answer}");
@@ -107,7 +73,7 @@ fn reaches_pods(name: &str, ends: (&str, &str)) {
     assert!(rate > 10e6, "{rate} bit/s");
 
     // Pods see each other's own addresses, whichever of them is behind a tunnel.
-    for (behind, plain) in [(pod_v4(1), NATIVE[0]), (pod_v6(1), NATIVE[1])] {
+    for (behind, plain) in [(pod_v4(1), FAR_POD[0]), (pod_v6(1), FAR_POD[1])] {
         native.run("ping", &["-c", "3", "-i", "0.2", "-W", "2", "-I", plain, &behind]).unwrap();
         cluster.node.run("ping", &["-c", "3", "-i", "0.2", "-W", "2", "-I", &behind, plain]).unwrap();
         let url =

@@ -31,6 +31,20 @@ pub const SNAT_VIP6: &str = "2001:db8::20";
 pub const PORTS: [(&str, &str, u16); 4] =
     [("http", "TCP", 80), ("iperf", "TCP", 5201), ("iperf-udp", "UDP", 5201), ("echo", "UDP", 7)];
 
+/// The pod of the node that [`Cluster::second_node`] adds.
+pub const FAR_POD: [&str; 2] = ["10.244.2.11", "fd00:244:2::11"];
+
+/// The pod that [`Cluster::add_pod`] adds.
+pub const OWN_POD: [&str; 2] = ["10.244.9.5", "fd00:244:9::5"];
+/// InternalIPs of node-1.
+pub const NODE_1: [&str; 2] = ["10.2.0.11", "fd00:2::11"];
+/// InternalIPs of node-2.
+pub const NODE_2: [&str; 2] = ["10.2.0.12", "fd00:2::12"];
+
+const OWN_POD_MAC: &str = "02:00:00:00:05:05";
+/// A node without the pod must not send its packets back to the gateway.
+pub const OWN_POD_RANGE: &str = "route add blackhole 10.244.9.0/24\nroute add blackhole fd00:244:9::/64\n";
+
 /// The gateway file; `[control]` and the region are added by [`Towpathd::start`].
 pub const GATEWAY: &str = r#"
 [gateway]
@@ -120,6 +134,77 @@ impl Cluster {
         let mut cluster = Cluster { daemon: Some(daemon), servers, client, gateway, node, folder };
         cluster.wait_for_servers()?;
         Ok(cluster)
+    }
+
+    /// Adds node-2 at 10.2.0.12 with the pod [`FAR_POD`], by plain routes; its link is a macvlan beside n0. `name`: of its namespace.
+    pub fn second_node(&self, name: &str) -> Result<Namespace> {
+        let node = Namespace::new(name)?;
+        node.sysctl(&["net.ipv6.conf.all.accept_dad=0", "net.ipv6.conf.default.accept_dad=0"])?;
+        let link = format!(
+            "link add n2 link n0 netns {} address 02:00:00:00:03:12 type macvlan mode bridge",
+            node.name()
+        );
+        self.node.ip(&link)?;
+        for args in [
+            "link set n2 up",
+            "address add 10.2.0.12/24 dev n2",
+            "address add fd00:2::12/64 dev n2 nodad",
+            "address add 10.244.2.11/32 dev lo",
+            "address add fd00:244:2::11/128 dev lo nodad",
+            "route add default via 10.2.0.1",
+            "route add default via fd00:2::1",
+        ] {
+            node.ip(args)?;
+        }
+        self.daemon().apply(
+            "---\n{apiVersion: v1, kind: Node, metadata: {name: node-2}, \
+             spec: {podCIDR: 10.244.2.0/24, podCIDRs: [10.244.2.0/24, 'fd00:244:2::/64']}, \
+             status: {addresses: [{type: InternalIP, address: 10.2.0.12}, {type: InternalIP, address: 'fd00:2::12'}]}}\n",
+        )?;
+        Ok(node)
+    }
+
+    /// Adds the pod [`OWN_POD`] to node-1: a network namespace of its own, with a veth to the node, as a CNI makes it. The gateway has a
+    /// kernel route to it. `name`: of the namespace.
+    pub fn add_pod(&self, name: &str) -> Result<Namespace> {
+        let pod = Namespace::new(name)?;
+        pod.sysctl(&["net.ipv6.conf.all.accept_dad=0", "net.ipv6.conf.default.accept_dad=0"])?;
+        veth((&pod, "eth0", OWN_POD_MAC), (&self.node, "p0", "02:00:00:00:05:01"), 1)?;
+        let mut lines = String::new();
+        for (address, via) in OWN_POD.iter().zip(["169.254.1.1", "fe80::1"]) {
+            let _ = writeln!(lines, "address add {address} dev eth0 nodad");
+            let _ = writeln!(lines, "neigh replace {via} lladdr 02:00:00:00:05:01 dev eth0 nud permanent");
+            let _ = writeln!(lines, "route add default via {via} dev eth0 onlink");
+        }
+        self.ip_batch(&pod, &lines)?;
+        self.ip_batch(&self.node, OWN_POD_RANGE)?;
+        self.put_pod(&self.node, NODE_1)?;
+        Ok(pod)
+    }
+
+    /// Moves the pod [`OWN_POD`], with its sockets, to another node that has these InternalIPs.
+    pub fn move_pod(&self, from: &Namespace, to: &Namespace, addresses: [&str; 2]) -> Result<()> {
+        from.ip(&format!("link set p0 netns {}", to.name()))?;
+        self.put_pod(to, addresses)
+    }
+
+    /// Routes to the pod: from its node by p0, from the gateway by the node.
+    fn put_pod(&self, node: &Namespace, addresses: [&str; 2]) -> Result<()> {
+        let (mut of_node, mut of_gateway) = ("link set p0 up\n".to_owned(), String::new());
+        for (pod, via) in OWN_POD.iter().zip(addresses) {
+            let _ = writeln!(of_node, "neigh replace {pod} lladdr {OWN_POD_MAC} dev p0 nud permanent");
+            let _ = writeln!(of_node, "route replace {pod} dev p0");
+            let _ = writeln!(of_gateway, "route replace {pod} via {via}");
+        }
+        self.ip_batch(node, &of_node)?;
+        self.ip_batch(&self.gateway, &of_gateway)
+    }
+
+    /// Runs `ip` once, for each of these lines.
+    pub fn ip_batch(&self, namespace: &Namespace, lines: &str) -> Result<()> {
+        let file = self.folder.path().join("ip.batch");
+        std::fs::write(&file, lines)?;
+        namespace.ip(&format!("-batch {}", file.display())).map(drop)
     }
 
     /// The running daemon.
@@ -248,8 +333,9 @@ pub fn slices(pods: impl Iterator<Item = u8> + Clone) -> String {
     text
 }
 
-/// One nginx for all pods: it answers with the address that it was asked by, which is who it is.
-fn nginx(node: &Namespace, folder: &Path) -> Result<Process> {
+/// One nginx for all pods: it answers with the address that it was asked by, which is who it is. `folder`: for its files; `big` of 20 MB
+/// is among them.
+pub fn nginx(node: &Namespace, folder: &Path) -> Result<Process> {
     let path = folder.display();
     let big: Vec<u8> = (0..20_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     std::fs::write(folder.join("big"), big)?;

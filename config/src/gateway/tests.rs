@@ -37,6 +37,7 @@ fn defaults_are_those_of_the_documentation() {
     assert_eq!(gateway.gateway.external_traffic_policy, LocalPolicy::Frontend);
     assert_eq!(gateway.health.listen.to_string(), "0.0.0.0:10256");
     assert_eq!(gateway.gateway.lb_algorithm, Algorithm::Maglev);
+    assert!(gateway.source_checks.land && gateway.source_checks.pod_from_outside);
     assert_eq!(
         (gateway.overlay.default, gateway.overlay.vni, gateway.overlay.port),
         (OverlayKind::Native, 1, 4789)
@@ -155,6 +156,8 @@ fn bad_sections_are_refused_by_field() {
     refuses_section("[rings]\nfill = 131072", "rings.fill", "use 65536");
     refuses_section("[umem]\nchunk_size = 2049", "umem.chunk_size", "use 4096");
     refuses_section("[umem]\nframes = 100", "umem.frames", "use 12800");
+    refuses_section("[source_checks]\nland = 1", "source_checks.land", "boolean");
+    refuses_section("[source_checks]\nvip = false", "source_checks.vip", "own_source");
     refuses_section("[fragments]\ndatagrams = 0", "fragments.datagrams", "1 to 65536");
     refuses_section("[fragments]\nframes = 44", "fragments.frames", "64 to 65536");
     refuses_section("[fragments]\nipv6_s = 601", "fragments.ipv6_s", "1 to 600");

@@ -10,7 +10,7 @@ use crate::packet::{BURST, Layer4, Packet, Rewrite};
 use crate::pipeline::Context;
 use crate::stage::reset;
 use crate::table::flow_map::{Direction, FlowRef, Hit};
-use crate::tables::{Fib, Route, Tables};
+use crate::tables::{Fib, Route, Settings, Tables};
 use crate::trace::{Step, Trace};
 use crate::verdict::Reason;
 use crate::wire::{sctp, tcp};
@@ -120,10 +120,10 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
         packet.candidate = cx.flows.prefetch_record(packet.hash);
     }
     // With nothing else between them, the processor looks up several at once.
-    let mut is_spoofed = [false; BURST];
-    for (packet, is_spoofed) in burst.iter().zip(&mut is_spoofed) {
+    let mut sources = [Ok(()); BURST];
+    for (packet, checked) in burst.iter().zip(&mut sources) {
         if packet.undecided() && has_flow(packet.layer4) {
-            *is_spoofed = !source_side_matches(packet.tuple.src, packet.port, cx.tables, cx.fib);
+            *checked = check_source(packet.tuple.src, packet.port, cx.tables, cx.fib);
         }
     }
     for (index, packet) in burst.iter_mut().enumerate() {
@@ -135,8 +135,8 @@ pub fn run(burst: &mut [Packet], cx: &mut Context<'_>, trace: &mut impl Trace) {
             continue;
         };
         let (direction, flow) = (hit.direction, hit.flow);
-        if is_spoofed[index] {
-            packet.drop(Reason::SpoofedSource);
+        if let Err(reason) = sources[index] {
+            packet.drop(reason);
             continue;
         }
         let is_steady = is_steady(packet.layer4, direction, &flow);
@@ -231,31 +231,43 @@ pub fn belongs_to(packet: &mut Packet, hit: &Hit<'_>) {
     packet.error_source = asked_a_vip.then_some(packet.tuple.dst);
 }
 
-/// True unless the route back to `source` leaves by a port of the other side (outside against inside) than `port`.
+/// Refuses a source to which the route back leaves by a port of the other side (outside against inside) than `port`, and one of our own.
 ///
 /// This is reverse-path filtering (RFC 3704 section 2.3, feasible path) at the grain of the two sides, so that several
-/// uplinks do no harm.
+/// uplinks do no harm. The switches of `[source_checks]` are looked at only for what would be refused.
 #[inline]
-pub fn source_side_matches(source: Addr, port: u8, tables: &Tables, fib: &Fib) -> bool {
+pub fn check_source(source: Addr, port: u8, tables: &Tables, fib: &Fib) -> Result<(), Reason> {
     let back = match fib.routes.lookup(source) {
-        Some(Route::NextHop(index)) => match fib.next_hops.get(index as usize) {
-            Some(next_hop) => next_hop.port,
-            None => return false,
-        },
-        Some(Route::OnLink { port }) => port,
+        Some(Route::NextHop(index)) => fib.next_hops.get(index as usize).map(|next_hop| next_hop.port),
+        Some(Route::OnLink { port }) => Some(port),
         // An address of our own never comes from the wire.
-        Some(Route::Local) => return false,
+        Some(Route::Local) => return refuse_unless_off(Reason::OwnSource, &tables.settings),
         // No way back by a port of ours: the kernel's business, or nobody's.
-        Some(Route::Kernel | Route::Blackhole) | None => return true,
+        Some(Route::Kernel | Route::Blackhole) | None => return Ok(()),
     };
-    if back == port {
-        return true;
+    if back == Some(port) {
+        return Ok(());
     }
-    let ports = &tables.settings.ports;
-    match (ports.get(usize::from(port)), ports.get(usize::from(back))) {
-        (Some(came), Some(leaves)) => came.outside && leaves.outside || came.inside && leaves.inside,
-        _ => false,
+    let settings = |port: u8| tables.settings.ports.get(usize::from(port)).copied().unwrap_or_default();
+    let (came, leaves) = (settings(port), back.map(settings).unwrap_or_default());
+    if came.outside && leaves.outside || came.inside && leaves.inside {
+        return Ok(());
     }
+    let reason = if came.outside { Reason::PodFromOutside } else { Reason::ClientFromInside };
+    refuse_unless_off(reason, &tables.settings)
+}
+
+/// Refuses for `reason`, one of the source checks, if the gateway file leaves that one on.
+#[cold]
+pub fn refuse_unless_off(reason: Reason, settings: &Settings) -> Result<(), Reason> {
+    let checks = settings.source_checks;
+    let is_on = match reason {
+        Reason::PodFromOutside => checks.pod_from_outside,
+        Reason::ClientFromInside => checks.client_from_inside,
+        Reason::OwnSource => checks.own_source,
+        _ => true,
+    };
+    if is_on { Err(reason) } else { Ok(()) }
 }
 
 /// True for the first packet of the client on a connection that is over: port reuse (RFC 6191), a connection of its own.

@@ -5,10 +5,12 @@
 
 use zerocopy::FromBytes;
 
+use config::gateway::SourceChecks;
+
 use crate::addr::{Addr, Tuple, protocol};
 use crate::packet::{Fragment, Layer4, Packet, Part};
 use crate::pipeline::Context;
-use crate::stage::flow::source_side_matches;
+use crate::stage::flow::check_source;
 use crate::stage::overlay;
 use crate::tables::{Fib, PortSettings, Tables};
 use crate::trace::{Step, Trace};
@@ -39,14 +41,15 @@ fn packet_headers(packet: &mut Packet, tables: &Tables, fib: &Fib) -> Result<(),
     let data = packet.frame.data();
     let (ethertype, l3) = ethernet::payload(data).ok_or(Verdict::Drop(Reason::Truncated))?;
     let available = data.len() - l3 + packet.tail_len as usize;
-    packet_ip(packet, ethertype, l3, available)?;
+    let checks = tables.settings.source_checks;
+    packet_ip(packet, ethertype, l3, available, checks)?;
     check_link_destination(packet, fib)?;
     let settings = tables.settings.ports.get(usize::from(packet.port)).copied().unwrap_or_default();
     if let Some(overlay) = &fib.overlay
         && overlay::is_ours(packet, overlay)
     {
         let inner = overlay::open(packet, overlay, settings)?;
-        packet_ip(packet, inner.ethertype, inner.l3, inner.available).map_err(overlay::no_punt)?;
+        packet_ip(packet, inner.ethertype, inner.l3, inner.available, checks).map_err(overlay::no_punt)?;
         overlay::check_inner(packet, &inner, fib)?;
     }
     packet.out = packet.tuple;
@@ -58,22 +61,26 @@ fn packet_headers(packet: &mut Packet, tables: &Tables, fib: &Fib) -> Result<(),
         Part::First(_) => parse_first_fragment(packet, settings),
         Part::Later => Ok(()),
         // Spoofed ones must not take the room of others while they wait.
-        Part::Whole | Part::Fragment(_)
-            if !source_side_matches(packet.tuple.src, packet.port, tables, fib) =>
-        {
-            Err(drop(Reason::SpoofedSource))
+        Part::Whole | Part::Fragment(_) => {
+            check_source(packet.tuple.src, packet.port, tables, fib).map_err(drop)?;
+            Err(Verdict::Gather)
         }
-        Part::Whole | Part::Fragment(_) => Err(Verdict::Gather),
     }
 }
 
 /// Reads the IP header at `l3` of the frame, behind which there are `available` bytes, itself included.
 #[inline]
-fn packet_ip(packet: &mut Packet, ethertype: u16, l3: usize, available: usize) -> Result<(), Verdict> {
+fn packet_ip(
+    packet: &mut Packet,
+    ethertype: u16,
+    l3: usize,
+    available: usize,
+    checks: SourceChecks,
+) -> Result<(), Verdict> {
     packet.l3 = l3 as u16;
     match ethertype {
-        ethernet::ethertype::IPV4 => parse_v4(packet, available),
-        ethernet::ethertype::IPV6 => parse_v6(packet, available),
+        ethernet::ethertype::IPV4 => parse_v4(packet, available, checks),
+        ethernet::ethertype::IPV6 => parse_v6(packet, available, checks),
         _ => Err(Verdict::Punt),
     }
 }
@@ -154,7 +161,7 @@ fn drop(reason: Reason) -> Verdict {
     Verdict::Drop(reason)
 }
 
-fn parse_v4(packet: &mut Packet, available: usize) -> Result<(), Verdict> {
+fn parse_v4(packet: &mut Packet, available: usize, checks: SourceChecks) -> Result<(), Verdict> {
     let l3 = usize::from(packet.l3);
     let bytes = &packet.frame.data()[l3..];
     let (header, _) = ipv4::Header::ref_from_prefix(bytes).map_err(|_| drop(Reason::Truncated))?;
@@ -173,7 +180,7 @@ fn parse_v4(packet: &mut Packet, available: usize) -> Result<(), Verdict> {
     }
     let (src, dst) = (header.src.get(), header.dst.get());
     // RFC 1812 section 5.3.7, RFC 6890.
-    if matches!(src >> 24, 0 | 127 | 224..=255) {
+    if checks.martian_source && matches!(src >> 24, 0 | 127 | 224..=255) {
         return Err(drop(Reason::MartianSource));
     }
     match dst >> 24 {
@@ -183,7 +190,7 @@ fn parse_v4(packet: &mut Packet, available: usize) -> Result<(), Verdict> {
         255 => return Err(Verdict::Punt),
         _ => {}
     }
-    if src == dst {
+    if checks.land && src == dst {
         return Err(drop(Reason::Land));
     }
     let header = *header;
@@ -203,7 +210,7 @@ fn parse_v4(packet: &mut Packet, available: usize) -> Result<(), Verdict> {
     Ok(())
 }
 
-fn parse_v6(packet: &mut Packet, available: usize) -> Result<(), Verdict> {
+fn parse_v6(packet: &mut Packet, available: usize, checks: SourceChecks) -> Result<(), Verdict> {
     let l3 = usize::from(packet.l3);
     let bytes = &packet.frame.data()[l3..];
     let (header, rest) = ipv6::Header::ref_from_prefix(bytes).map_err(|_| drop(Reason::Truncated))?;
@@ -215,8 +222,8 @@ fn parse_v6(packet: &mut Packet, available: usize) -> Result<(), Verdict> {
         return Err(drop(Reason::Truncated));
     }
     let (src, dst) = (header.src.get(), header.dst.get());
-    // RFC 4291 section 2; mapped addresses never appear on the wire (RFC 6890).
-    if src <= 1 || src >> 120 == 0xff || Addr(src).is_v4() {
+    // RFC 4291 section 2; mapped addresses never appear on the wire (RFC 6890), and would be taken for IPv4.
+    if checks.martian_source && (src <= 1 || src >> 120 == 0xff) || Addr(src).is_v4() {
         return Err(drop(Reason::MartianSource));
     }
     if dst >> 120 == 0xff || dst >> 118 == 0xfe80 >> 6 {
@@ -229,7 +236,7 @@ fn parse_v6(packet: &mut Packet, available: usize) -> Result<(), Verdict> {
         // A link-local source asks a neighbor (RFC 4291 section 2.5.6): never routed, the kernel may answer.
         return Err(Verdict::Punt);
     }
-    if src == dst {
+    if checks.land && src == dst {
         return Err(drop(Reason::Land));
     }
     let payload = &rest[..rest.len().min(total_len - ipv6::HEADER_LEN)];

@@ -7,7 +7,7 @@ use config::gateway::Algorithm;
 use crate::addr::{Addr, Tuple, protocol};
 use crate::packet::{Answer, BURST, Choice, Layer4, Packet, Rewrite};
 use crate::pipeline::{Context, Rng};
-use crate::stage::flow::source_side_matches;
+use crate::stage::flow::{check_source, refuse_unless_off};
 use crate::stage::{egress, overflow};
 use crate::table::flow_map::FlowRef;
 use crate::table::prefetch;
@@ -78,8 +78,12 @@ fn frontend_key(packet: &Packet) -> FrontendKey {
 
 fn first_packet(packet: &mut Packet, index: usize, cx: &mut Context<'_>, trace: &mut impl Trace) {
     let source = packet.tuple.src;
-    if !source_side_matches(source, packet.port, cx.tables, cx.fib) || cx.tables.vips.get(&source).is_some() {
-        return packet.drop(Reason::SpoofedSource);
+    let mut checked = check_source(source, packet.port, cx.tables, cx.fib);
+    if checked.is_ok() && cx.tables.vips.get(&source).is_some() {
+        checked = refuse_unless_off(Reason::OwnSource, &cx.tables.settings);
+    }
+    if let Err(reason) = checked {
+        return packet.drop(reason);
     }
     let origin = origin(source, cx);
     trace.step(index, || Step::Origin(origin));

@@ -41,7 +41,7 @@ pub fn addr(text: &str) -> Addr {
 }
 
 pub struct Gateway {
-    tables: Tables,
+    pub tables: Tables,
     fib: Fib,
     flows: FlowMap,
     flow_worker: FlowWorker,

@@ -410,6 +410,7 @@ pub fn settings(gateway: &Gateway) -> Settings {
         snat_port_last: gateway.snat.ports.last,
         lb_key: service::stable_hash(&[gateway.gateway.lb_key.as_bytes()]),
         mss_clamp: gateway.gateway.mss_clamp,
+        source_checks: gateway.source_checks,
     }
 }
 
