@@ -226,9 +226,10 @@ pub fn belongs_to(packet: &mut Packet, hit: &Hit<'_>) {
 /// True unless the route back to `source` leaves by a port of the other side (outside against inside) than `port`.
 ///
 /// This is reverse-path filtering (RFC 3704 section 2.3, feasible path) at the grain of the two sides, so that several
-/// uplinks do no harm.
+/// uplinks do no harm. The port of a pod is held to the strict form: the route back must leave by that very port (section 2.2).
 #[inline]
 pub fn source_side_matches(source: Addr, port: u8, tables: &Tables, fib: &Fib) -> bool {
+    let came = tables.settings.ports.get(usize::from(port)).copied().unwrap_or_default();
     let back = match fib.routes.lookup(source) {
         Some(Route::NextHop(index)) => match fib.next_hops.get(index as usize) {
             Some(next_hop) => next_hop.port,
@@ -238,16 +239,13 @@ pub fn source_side_matches(source: Addr, port: u8, tables: &Tables, fib: &Fib) -
         // An address of our own never comes from the wire.
         Some(Route::Local) => return false,
         // No way back by a port of ours: the kernel's business, or nobody's.
-        Some(Route::Kernel | Route::Blackhole) | None => return true,
+        Some(Route::Kernel | Route::Blackhole) | None => return !came.pod,
     };
     if back == port {
         return true;
     }
-    let ports = &tables.settings.ports;
-    match (ports.get(usize::from(port)), ports.get(usize::from(back))) {
-        (Some(came), Some(leaves)) => came.outside && leaves.outside || came.inside && leaves.inside,
-        _ => false,
-    }
+    let leaves = tables.settings.ports.get(usize::from(back)).copied().unwrap_or_default();
+    !came.pod && (came.outside && leaves.outside || came.inside && leaves.inside)
 }
 
 /// True for the first packet of the client on a connection that is over: port reuse (RFC 6191), a connection of its own.
