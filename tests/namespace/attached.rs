@@ -331,6 +331,11 @@ fn ports_come_and_go_without_a_loss_on_the_others() {
     assert_eq!(ports(&cluster), ["uplink", "pod1", "second", "fabric"]);
     assert_eq!(one.curl(&pod_v4(1)), format!("{} {}\n", pod_v4(1), v4(1)));
     assert_eq!(one.curl("10.96.0.32"), format!("{} {OWN}\n", v4(1)));
+    // What was added goes with its interface; once it is removed, it does not come back.
+    drop(one);
+    wait_for_ports(&cluster, &["uplink", "second", "fabric"]);
+    assert_eq!(cluster.daemon().ctl(&["port", "remove", "pod1"]).unwrap(), "port/pod1 removed\n");
+    refuses(&cluster, &["port", "remove", "pod1"], &["no such port"]);
     cluster.finish(&["no_flow"]).unwrap();
 }
 

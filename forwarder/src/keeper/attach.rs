@@ -110,6 +110,8 @@ impl Attached {
     fn add(&mut self, section: PortSection, ports: &mut Ports) -> Result<(), Fault> {
         self.open(&section, ports)?;
         let mut record = self.record.clone();
+        // What was added by this name before has no interface now, or the port would not have been opened.
+        record.added.retain(|added| added.name != section.name);
         record.added.push(section);
         self.keep(record).inspect_err(|_| self.close(self.gateway.ports.len() - 1, ports))
     }
@@ -117,7 +119,15 @@ impl Attached {
     fn remove(&mut self, name: &str, ports: &mut Ports) -> Result<(), Fault> {
         let fault = |code, message: &str| Fault::new(code, message).field("name").value(name);
         let Some(index) = self.gateway.ports.iter().position(|port| port.name == name) else {
-            return Err(fault(Code::NotFound, "no such port").remedy("see `towpathctl get ports`"));
+            // One that was added, and would come back with its interface.
+            let mut record = self.record.clone();
+            record.added.retain(|added| added.name != name);
+            if record == self.record {
+                return Err(fault(Code::NotFound, "no such port").remedy("see `towpathctl get ports`"));
+            }
+            self.keep(record)?;
+            self.is_changed = true;
+            return Ok(());
         };
         let role = self.gateway.ports[index].role;
         let others = || self.gateway.ports.iter().filter(|port| port.name != name).map(|port| port.role);
@@ -302,4 +312,40 @@ fn of_port(mut fault: Fault, index: usize) -> Fault {
         fault.field = Some(field.into());
     }
     fault
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn port(name: &str, interface: &str) -> PortSection {
+        let (name, interface) = (name.to_owned(), interface.to_owned());
+        PortSection { name, interface, role: Role::Pod, expose_cluster_ips: false, mode: Default::default() }
+    }
+
+    #[test]
+    fn a_record_is_found_again_and_gives_way_to_the_gateway_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("flows.ports");
+        assert_eq!(Record::read(&path).unwrap(), Record::default());
+        let record = Record {
+            added: vec![
+                port("pod1", "veth1"),
+                port("twice", "g1"),
+                port("fabric", "veth2"),
+                port("up", "g0"),
+            ],
+            removed: ["uplink".to_owned(), "gone".to_owned()].into(),
+        };
+        record.write(&path).unwrap();
+        assert_eq!(Record::read(&path).unwrap(), record);
+        // It has the ports uplink at g0 and fabric at g1.
+        let text = include_str!("../../../config/examples/gateway.toml");
+        let fit = record.fit(&Gateway::parse(text, "gateway.toml").unwrap());
+        assert_eq!(fit.added, [port("pod1", "veth1"), port("up", "g0")]);
+        assert_eq!(fit.removed, ["uplink".to_owned()].into());
+        std::fs::write(&path, "{").unwrap();
+        let fault = Record::read(&path).unwrap_err().to_string();
+        assert!(fault.contains("flows.region") && fault.contains("remove the file"), "{fault}");
+    }
 }
