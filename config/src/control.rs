@@ -37,6 +37,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::capture::{Capture, CapturedPacket};
 use crate::fault::{Fault, Source};
+use crate::gateway::PortSection;
 use crate::packet::PacketSpec;
 
 /// Version of the protocol.
@@ -114,6 +115,22 @@ pub enum Request {
     },
     /// Packets as they pass. Answer: [`Reply::Capturing`], [`Item::Packet`]..., [`Reply::Captured`].
     Capture(Capture),
+    /// Adds or removes a port. Answer: [`Reply::Fault`] if it is refused. If it is done, the data plane starts anew, so that the
+    /// connection ends without an answer; [`Noun::Ports`] tells then what there is.
+    Port(PortChange),
+}
+
+/// A change of the ports.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PortChange {
+    /// Makes an interface a port.
+    Add(PortSection),
+    /// Takes a port away.
+    Remove {
+        /// Its name.
+        name: String,
+    },
 }
 
 /// Begins a change.

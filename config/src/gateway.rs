@@ -65,6 +65,9 @@ pub struct Gateway {
     /// Interfaces that packets are taken from and put on; their order is the order of the port indexes.
     #[serde(default, rename = "port")]
     pub ports: Vec<PortSection>,
+    /// Interfaces that become ports by themselves; the first section that fits counts.
+    #[serde(default)]
+    pub attach: Vec<AttachSection>,
 }
 
 /// `[gateway]`: what the gateway is in its cluster.
@@ -244,6 +247,8 @@ pub struct SourceChecks {
     pub pod_from_outside: bool,
     /// A source that is outside, such as a client's, from the inside (RFC 2827).
     pub client_from_inside: bool,
+    /// At the port of a pod, a source that is not routed to that port (RFC 3704 section 2.2).
+    pub foreign_source: bool,
     /// A source that is ours: an address of a Service, or of the gateway.
     pub own_source: bool,
     /// A source that may not appear on a wire: loopback, multicast, reserved (RFC 1812 section 5.3.7, RFC 6890).
@@ -257,6 +262,7 @@ impl Default for SourceChecks {
         SourceChecks {
             pod_from_outside: true,
             client_from_inside: true,
+            foreign_source: true,
             own_source: true,
             martian_source: true,
             land: true,
@@ -510,6 +516,56 @@ pub struct PortSection {
     pub mode: Mode,
 }
 
+/// `[[attach]]`: interfaces that are ports while they exist, named as their interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AttachSection {
+    /// Names of interfaces; `*` stands for any characters.
+    pub pattern: String,
+    /// Who is behind them.
+    #[serde(default = "AttachSection::role")]
+    pub role: Role,
+    /// How packets are exchanged with the driver.
+    #[serde(default)]
+    pub mode: Mode,
+}
+
+impl AttachSection {
+    const fn role() -> Role {
+        Role::Pod
+    }
+
+    /// True if an interface of this name becomes a port.
+    pub fn matches(&self, interface: &str) -> bool {
+        let (mut parts, mut rest) = (self.pattern.split('*'), interface);
+        // What stands in front of the first star, then each part where it is found first, the last one at the end.
+        match parts.next().and_then(|first| rest.strip_prefix(first)) {
+            Some(behind) => rest = behind,
+            None => return false,
+        }
+        let mut parts: Vec<&str> = parts.collect();
+        let Some(last) = parts.pop() else { return rest.is_empty() };
+        for part in parts {
+            match rest.split_once(part) {
+                Some((_, behind)) => rest = behind,
+                None => return false,
+            }
+        }
+        rest.ends_with(last)
+    }
+
+    /// The port that an interface becomes.
+    pub fn port(&self, interface: &str) -> PortSection {
+        PortSection {
+            name: interface.to_owned(),
+            interface: interface.to_owned(),
+            role: self.role,
+            expose_cluster_ips: false,
+            mode: self.mode,
+        }
+    }
+}
+
 /// Who is behind a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -520,6 +576,8 @@ pub enum Role {
     Inside,
     /// Both: a one-armed gateway.
     Both,
+    /// One pod, at the other end of a veth pair. It may send from the addresses that are routed to it, and from no others.
+    Pod,
 }
 
 impl Role {
@@ -529,6 +587,7 @@ impl Role {
             Role::Outside => "outside",
             Role::Inside => "inside",
             Role::Both => "both",
+            Role::Pod => "pod",
         }
     }
 
@@ -539,7 +598,7 @@ impl Role {
 
     /// True if nodes and pods are behind the port.
     pub const fn is_inside(self) -> bool {
-        matches!(self, Role::Inside | Role::Both)
+        matches!(self, Role::Inside | Role::Both | Role::Pod)
     }
 }
 
@@ -589,7 +648,7 @@ impl Gateway {
     pub fn parse(text: &str, file: &str) -> Result<Gateway, Vec<Fault>> {
         let places = locate::Places::of(text);
         let mut faults = match toml::from_str::<Gateway>(text) {
-            Ok(gateway) => match check::check(&gateway) {
+            Ok(gateway) => match gateway.check() {
                 faults if faults.is_empty() => return Ok(gateway),
                 faults => faults,
             },
@@ -617,6 +676,11 @@ impl Gateway {
                 Err(vec![Fault::new(Code::Invalid, format!("cannot be read: {error}")).source(&source)])
             }
         }
+    }
+
+    /// Everything that is wrong, as far as the file alone can tell.
+    pub fn check(&self) -> Vec<Fault> {
+        check::check(self)
     }
 
     /// Frames of one worker's packet memory: `[umem] frames`, or twice what is needed.

@@ -130,6 +130,8 @@ enum Command {
     Metrics,
     /// List, count or remove flows
     Flows(flow::Args),
+    /// Add or remove a port
+    Port(port::Args),
     /// Explain what would happen to a packet on the running daemon, changing nothing
     Trace(trace::Args),
     /// Show packets as they pass: before translation, after it, and as they are dropped
@@ -198,6 +200,7 @@ fn run(global: &Global, command: Command) -> Result<Ending> {
         Command::Drops(args) => drops::run(global, &args),
         Command::Metrics => metrics::run(global),
         Command::Flows(args) => flow::run(global, &args),
+        Command::Port(args) => port::run(global, args),
         Command::Trace(args) => trace::run(global, &args),
         Command::Capture(args) => capture::run(global, &args),
         Command::Completions { shell } => {

@@ -1,9 +1,132 @@
-//! Ports of the gateway: `get ports`, and their part of `status`.
+//! Ports of the gateway: `get ports`, their part of `status`, and `port`, which adds and removes them.
 
-use config::control::{Item, PortRow};
+use std::time::{Duration, Instant};
 
+use anyhow::Result;
+use clap::{Subcommand, ValueEnum};
+use config::control::{Item, PortChange, PortRow, Reply, Request};
+use config::fault::Fault;
+use config::gateway::{self, PortSection};
+
+use crate::connection::unexpected;
 use crate::get::{Row, View};
-use crate::print::{Cell, Tint, thousands};
+use crate::print::{Cell, Tint, out, thousands};
+use crate::{Ending, Global};
+
+/// How often the daemon is looked at while it starts anew.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// `port`.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make an interface a port
+    Add {
+        /// Name of the port in output
+        name: String,
+        /// Name of the network interface, if it is another
+        #[arg(long, value_name = "INTERFACE")]
+        interface: Option<String>,
+        /// Who is behind it
+        #[arg(long, alias = "kind", value_enum)]
+        role: Role,
+        /// How packets are exchanged with the driver
+        #[arg(long, value_enum, default_value = "auto")]
+        mode: Mode,
+        /// Serve ClusterIPs to clients outside the cluster that come in here
+        #[arg(long)]
+        expose_cluster_ips: bool,
+    },
+    /// Take a port away: its interface is the kernel's alone again
+    Remove {
+        /// Name of the port
+        name: String,
+    },
+}
+
+/// [`gateway::Role`] on the command line.
+#[derive(Clone, Copy, ValueEnum)]
+enum Role {
+    /// Clients
+    Outside,
+    /// Nodes and pods
+    Inside,
+    /// Both
+    Both,
+    /// One pod, at the other end of a veth pair
+    Pod,
+}
+
+/// [`gateway::Mode`] on the command line.
+#[derive(Clone, Copy, ValueEnum)]
+enum Mode {
+    /// The best that the driver has
+    Auto,
+    /// Zero copy
+    ZeroCopy,
+    /// XDP in the driver, packets copied
+    Copy,
+    /// XDP in the network stack
+    Generic,
+}
+
+/// Runs `port`.
+pub fn run(global: &Global, args: Args) -> Result<Ending> {
+    match args.command {
+        Command::Add { name, interface, role, mode, expose_cluster_ips } => {
+            let port = PortSection {
+                interface: interface.unwrap_or_else(|| name.clone()),
+                role: match role {
+                    Role::Outside => gateway::Role::Outside,
+                    Role::Inside => gateway::Role::Inside,
+                    Role::Both => gateway::Role::Both,
+                    Role::Pod => gateway::Role::Pod,
+                },
+                mode: match mode {
+                    Mode::Auto => gateway::Mode::Auto,
+                    Mode::ZeroCopy => gateway::Mode::ZeroCopy,
+                    Mode::Copy => gateway::Mode::Copy,
+                    Mode::Generic => gateway::Mode::Generic,
+                },
+                name: name.clone(),
+                expose_cluster_ips,
+            };
+            change(global, PortChange::Add(port), &name, true)
+        }
+        Command::Remove { name } => change(global, PortChange::Remove { name: name.clone() }, &name, false),
+    }
+}
+
+/// Asks for the change. When it is done the daemon's data plane starts anew and the connection ends, so the next data plane is asked what
+/// there is; returns when its workers forward.
+fn change(global: &Global, change: PortChange, name: &str, added: bool) -> Result<Ending> {
+    let ended = match global.connect()?.ask(&Request::Port(change)) {
+        Ok(other) => return Err(unexpected(&other)),
+        Err(error) if error.is::<Fault>() => return Err(error),
+        Err(error) => error,
+    };
+    let start = Instant::now();
+    loop {
+        let status = match global.connect()?.ask(&Request::Status)? {
+            Reply::Status(status) => status,
+            other => return Err(unexpected(&other)),
+        };
+        if status.ports.iter().any(|port| port.name == name) != added {
+            return Err(ended);
+        }
+        let in_force = status.workers_in_force == status.workers;
+        if in_force || start.elapsed() > global.request_timeout {
+            out(&format!("port/{name} {}\n", if added { "added" } else { "removed" }))?;
+            return Ok(if in_force { Ending::Done } else { Ending::NotInForce });
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
 
 /// Columns of what went wrong in the rings, with the counters that each sums up. None of these packets was received or sent.
 const RING_COLUMNS: [(&str, &[&str]); 5] = [

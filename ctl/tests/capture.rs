@@ -94,6 +94,7 @@ impl Daemon {
             routes: Box::new(|_, _| {}),
             ports: vec![PortInfo::default(); 2],
             socket_counters: Box::new(|_| Default::default()),
+            change_port: Box::new(|_| unreachable!("no port is changed here")),
             restarts: 0,
         })
         .unwrap();

@@ -86,6 +86,7 @@ impl Daemon {
             routes: Box::new(|_, _| {}),
             ports: vec![PortInfo { mode: "copy".into(), queues: 1, partial_checksums: true }; 2],
             socket_counters: Box::new(|_| Default::default()),
+            change_port: Box::new(|_| unreachable!("no port is changed here")),
             restarts: 0,
         })
         .unwrap();

@@ -114,6 +114,7 @@ pub fn from_objects(manifests: &[Manifest], node: Option<String>) -> Assumed {
         rings: Default::default(),
         umem: Default::default(),
         ports: vec![port("outside", Role::Outside), port("inside", Role::Inside)],
+        attach: Vec::new(),
     };
     Assumed { gateway, because }
 }

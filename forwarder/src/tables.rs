@@ -116,6 +116,8 @@ pub struct PortSettings {
     pub outside: bool,
     /// Nodes and pods are behind this port.
     pub inside: bool,
+    /// One pod is behind this port, and sends only from addresses that are routed to it.
+    pub pod: bool,
     /// ClusterIPs are served to the outside on this port.
     pub expose_cluster_ips: bool,
     /// Checksums of packets that come in may be unfinished (veth, tap): CHECKSUM_PARTIAL.
@@ -275,6 +277,15 @@ pub struct Fib {
     pub ports: Vec<PortLink>,
     /// Tunnels to nodes; none where every node is reached natively.
     pub overlay: Option<Arc<Overlay>>,
+}
+
+impl Fib {
+    /// Our address for packets that leave by `port`: its own, or, since the port of a pod mostly has none, that of the first port which
+    /// has one, as Linux chooses (`inet_select_addr` in net/ipv4/devinet.c).
+    pub fn own_address(&self, port: u8, v4: bool) -> Option<Addr> {
+        let of = |link: &PortLink| if v4 { link.v4 } else { link.v6 };
+        self.ports.get(usize::from(port)).and_then(of).or_else(|| self.ports.iter().find_map(of))
+    }
 }
 
 /// Our end of the tunnels to nodes, and theirs.

@@ -40,6 +40,7 @@ reasons! {
     NotOurMac = "not_our_mac", "A unicast packet in a link-layer broadcast, multicast or foreign frame.";
     PodFromOutside = "pod_from_outside", "A source that is inside, such as a pod's, came in from the outside.";
     ClientFromInside = "client_from_inside", "A source that is outside, such as a client's, came in from the inside.";
+    ForeignSource = "foreign_source", "A pod at the gateway sent from an address that is not routed to it.";
     OwnSource = "own_source", "The source is ours: an address of a Service, or of the gateway.";
     // Service rules, kubernetes pkg/proxy.
     NoEndpoints = "no_endpoints", "The Service has no endpoints at all: rejected.";

@@ -314,6 +314,7 @@ fn switch(checks: &mut SourceChecks, reason: Reason) -> &mut bool {
     match reason {
         Reason::PodFromOutside => &mut checks.pod_from_outside,
         Reason::ClientFromInside => &mut checks.client_from_inside,
+        Reason::ForeignSource => &mut checks.foreign_source,
         Reason::OwnSource => &mut checks.own_source,
         Reason::MartianSource => &mut checks.martian_source,
         Reason::Land => &mut checks.land,
@@ -335,6 +336,7 @@ fn each_source_check_has_a_switch_of_its_own() {
     let off = SourceChecks {
         pod_from_outside: false,
         client_from_inside: false,
+        foreign_source: false,
         own_source: false,
         martian_source: false,
         land: false,
@@ -352,6 +354,17 @@ fn each_source_check_has_a_switch_of_its_own() {
         *switch(&mut checks, reason) = false;
         assert!(matches!(judge(checks), Verdict::Forward { .. }), "{what}: it is off");
     }
+}
+
+#[test]
+fn a_pod_at_its_own_port_sends_from_its_own_address_only() {
+    let mut gateway = Gateway::new();
+    Arc::make_mut(&mut gateway.tables.settings).ports[usize::from(INSIDE)].pod = true;
+    assert!(matches!(gateway.judge(INSIDE, &udp(POD_1, 1, VIP, 53, b"")).0, Verdict::Forward { .. }));
+    let foreign = udp(CLIENT, 1, VIP, 53, b"");
+    assert_eq!(gateway.judge(INSIDE, &foreign).0, Verdict::Drop(Reason::ForeignSource));
+    *switch(&mut Arc::make_mut(&mut gateway.tables.settings).source_checks, Reason::ForeignSource) = false;
+    assert!(matches!(gateway.judge(INSIDE, &foreign).0, Verdict::Forward { .. }));
 }
 
 #[test]

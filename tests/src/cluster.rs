@@ -333,8 +333,8 @@ pub fn slices(pods: impl Iterator<Item = u8> + Clone) -> String {
     text
 }
 
-/// One nginx for all pods: it answers with the address that it was asked by, which is who it is. `folder`: for its files; `big` of 20 MB
-/// is among them.
+/// An nginx that answers with the address that it was asked by, which is the pod's, and that of the client; on a node it is all pods.
+/// `folder`: for its files; `big` of 20 MB is among them.
 pub fn nginx(node: &Namespace, folder: &Path) -> Result<Process> {
     let path = folder.display();
     let big: Vec<u8> = (0..20_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();

@@ -353,7 +353,7 @@ impl Drop for Towpathd {
         if std::thread::panicking() {
             eprintln!("towpathd in {} logged:\n{}", self.namespace, self.log());
         }
-        for ending in ["", ".affinity"] {
+        for ending in ["", ".affinity", ".ports"] {
             let _ = std::fs::remove_file(format!("{}{ending}", self.region.display()));
         }
     }

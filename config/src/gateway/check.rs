@@ -6,7 +6,7 @@ use std::path::Path;
 
 use ipnet::IpNet;
 
-use super::{Gateway, PortRange, RING_SIZES};
+use super::{Gateway, PortRange, RING_SIZES, Role};
 use crate::fault::{Code, Fault};
 
 /// Where NodePorts are, unless the API server was told otherwise (`--service-node-port-range` of kube-apiserver).
@@ -27,6 +27,7 @@ pub(super) fn check(gateway: &Gateway) -> Vec<Fault> {
     fragments(gateway, &mut faults);
     memory(gateway, &mut faults);
     ports(gateway, &mut faults);
+    attach(gateway, &mut faults);
     faults
 }
 
@@ -365,7 +366,7 @@ fn memory(gateway: &Gateway, faults: &mut Vec<Fault>) {
 
 fn ports(gateway: &Gateway, faults: &mut Vec<Fault>) {
     let ports = &gateway.ports;
-    if ports.is_empty() {
+    if ports.is_empty() && gateway.attach.is_empty() {
         let remedy = "add [[port]] sections, one outside and one inside, or one with role = \"both\"";
         faults.push(Fault::new(Code::Missing, "there is no port").field("port").remedy(remedy));
         return;
@@ -374,9 +375,10 @@ fn ports(gateway: &Gateway, faults: &mut Vec<Fault>) {
         let remedy = format!("use at most {}", Gateway::MAX_PORTS);
         faults.push(invalid("port", format!("{} ports", ports.len()), "too many ports", remedy));
     }
+    let later = || gateway.attach.iter().map(|section| section.role);
     for (is_there, role) in [
-        (gateway.outside_ports().next().is_some(), "outside"),
-        (gateway.inside_ports().next().is_some(), "inside"),
+        (ports.iter().map(|p| p.role).chain(later()).any(Role::is_outside), "outside"),
+        (ports.iter().map(|p| p.role).chain(later()).any(Role::is_inside), "inside"),
     ] {
         if !is_there {
             let remedy = format!("give a port role = \"{role}\" or \"both\"");
@@ -392,13 +394,7 @@ fn ports(gateway: &Gateway, faults: &mut Vec<Fault>) {
                 "use letters, digits, - _ and . (and neither \"outside\" nor \"inside\", which mean roles)";
             faults.push(invalid(field("name"), format!("{:?}", port.name), "not a name for a port", remedy));
         }
-        // IFNAMSIZ of linux/if.h is 16 with the final zero; dev_valid_name() forbids / and : and spaces.
-        let length = port.interface.len();
-        let is_bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
-        if !(1..=15).contains(&length)
-            || port.interface.contains(is_bad)
-            || [".", ".."].contains(&&*port.interface)
-        {
+        if !is_interface_name(&port.interface) {
             let remedy = "see `ip link` for the interfaces of this machine";
             faults.push(invalid(
                 field("interface"),
@@ -429,6 +425,31 @@ fn ports(gateway: &Gateway, faults: &mut Vec<Fault>) {
                 true,
                 "has no meaning on an inside port",
                 remedy,
+            ));
+        }
+    }
+}
+
+/// IFNAMSIZ of linux/if.h is 16 with the final zero; dev_valid_name() forbids / and : and spaces.
+fn is_interface_name(name: &str) -> bool {
+    let is_bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
+    (1..=15).contains(&name.len()) && !name.contains(is_bad) && ![".", ".."].contains(&name)
+}
+
+fn attach(gateway: &Gateway, faults: &mut Vec<Fault>) {
+    for (index, section) in gateway.attach.iter().enumerate() {
+        let (field, pattern) = (format!("attach[{index}].pattern"), &section.pattern);
+        if !is_interface_name(pattern) {
+            let remedy = "write the names of the interfaces, with * for what differs: \"pod*\"";
+            faults.push(invalid(&field, format!("{pattern:?}"), "matches no interface name", remedy));
+        }
+        if section.matches("lo") || section.matches("towpath0") {
+            let message = "would take the loopback or Towpath's own TAPs, towpath0 and so on";
+            faults.push(invalid(
+                &field,
+                pattern,
+                message,
+                "name the interfaces more narrowly, such as \"pod*\"",
             ));
         }
     }

@@ -201,6 +201,32 @@ fn bad_sections_are_refused_by_field() {
 }
 
 #[test]
+fn patterns_stand_for_interfaces() {
+    let gateway =
+        |attach: &str| Gateway::parse(&format!("{GOOD}[[attach]]\n{attach}\n"), "gateway.toml").unwrap();
+    for (pattern, matched, others) in [
+        ("pod*", &["pod1", "pod"][..], &["apod1", "po"][..]),
+        ("cali*eth*0", &["caliXeth0", "calieth0eth10"], &["cali0", "caliXeth1"]),
+        ("veth0", &["veth0"], &["veth01", "veth"]),
+        ("a*a", &["aa", "aba"], &["a"]),
+    ] {
+        let gateway = gateway(&format!("pattern = \"{pattern}\""));
+        let section = &gateway.attach[0];
+        assert_eq!((section.role, section.mode), (Role::Pod, Mode::Auto));
+        matched.iter().for_each(|name| assert!(section.matches(name), "{pattern} {name}"));
+        others.iter().for_each(|name| assert!(!section.matches(name), "{pattern} {name}"));
+    }
+    // A port that comes later counts where one of its role must be.
+    let without_inside = GOOD.replace("\"inside\"", "\"outside\"");
+    assert!(Gateway::parse(&without_inside, "gateway.toml").is_err());
+    Gateway::parse(&format!("{without_inside}[[attach]]\npattern = \"pod*\"\n"), "gateway.toml").unwrap();
+    refuses_section("[[attach]]\npattern = \"\"", "attach[0].pattern", "pod*");
+    refuses_section("[[attach]]\npattern = \"*\"", "attach[0].pattern", "more narrowly");
+    refuses_section("[[attach]]\npattern = \"t*\"", "attach[0].pattern", "TAPs");
+    refuses_section("[[attach]]\npattern = \"pod*\"\nrole = \"node\"", "attach[0].role", "unknown variant");
+}
+
+#[test]
 fn all_complaints_come_at_once_in_file_order() {
     let text = GOOD.replace("10.244.0.0/16", "10.244.0.1/16") + "[rings]\nrx = 5\n";
     let faults = Gateway::parse(&text, "g.toml").unwrap_err();

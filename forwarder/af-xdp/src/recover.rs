@@ -43,9 +43,14 @@ pub struct Recovered {
 
 /// Makes the pool of free frames of `umem`, and sets `queues` going where their last user stopped.
 ///
-/// `queues` are all that share `umem`; `queues[i]` has port number `i`.
+/// `queues` are all that share `umem`, each with a port number of its own. What a port had that is not among them is free: its sockets
+/// must be closed.
 pub(crate) fn recover(umem: Umem, queues: &mut [&mut Queue]) -> (FramePool, Recovered) {
     let mut found = Recovered::default();
+    let mut by_port = [None; 256];
+    for (index, queue) in queues.iter().enumerate() {
+        by_port[usize::from(queue.port)] = Some(index);
+    }
     for queue in queues.iter_mut() {
         receive_again(umem, queue, &mut found);
     }
@@ -59,23 +64,25 @@ pub(crate) fn recover(umem: Umem, queues: &mut [&mut Queue]) -> (FramePool, Reco
     for chunk in (0..umem.chunks()).rev() {
         match umem.owner(chunk) {
             Owner::Free => {}
-            Owner::Fill { port, index }
-                if queues.get(usize::from(port)).is_some_and(|q| is_published(index, q.fill.next())) =>
-            {
-                queues[usize::from(port)].in_kernel += 1;
-                continue;
+            Owner::Fill { port, index } => {
+                if let Some(queue) = by_port[usize::from(port)].map(|at| &mut queues[at])
+                    && is_published(index, queue.fill.next())
+                {
+                    queue.in_kernel += 1;
+                    continue;
+                }
             }
-            Owner::Tx { port, index }
-                if queues.get(usize::from(port)).is_some_and(|q| is_published(index, q.tx.next())) =>
-            {
-                queues[usize::from(port)].in_flight += 1;
-                continue;
+            Owner::Tx { port, index } => {
+                if let Some(queue) = by_port[usize::from(port)].map(|at| &mut queues[at])
+                    && is_published(index, queue.tx.next())
+                {
+                    queue.in_flight += 1;
+                    continue;
+                }
             }
-            owner => {
-                found.held += u32::from(owner == Owner::Held);
-                umem.0.set(chunk, Owner::Free);
-            }
+            owner => found.held += u32::from(owner == Owner::Held),
         }
+        umem.0.set(chunk, Owner::Free);
         free.push(chunk);
     }
     (FramePool::new(umem, free), found)
@@ -367,6 +374,28 @@ mod tests {
                 check(&mut world, &format!("killed before step {death}, then before step {second}"));
             }
         }
+    }
+
+    #[test]
+    fn frames_of_a_port_that_is_gone_are_free_and_the_others_keep_theirs() {
+        let umem = Umem::anonymous(12, 2048);
+        let rings = [Rings::new(4, 0), Rings::new(4, 0)];
+        let mut pool = umem.take_frames().unwrap();
+        let mut queues = [rings[0].queue(umem, 3), rings[1].queue(umem, 9)];
+        let mut kernel = Kernel::new(umem, &rings[1]);
+        queues.iter_mut().for_each(|queue| _ = queue.refill(&mut pool));
+        let mut out = Burst::default();
+        out.push(pool.frame_from(b"to nobody").unwrap());
+        queues[0].transmit(&mut pool, &mut out);
+        kernel.deliver(&[b"stays"]);
+
+        let mut stays = rings[1].queue(umem, 9);
+        let (mut pool, found) = recover(umem, &mut [&mut stays]);
+        assert_eq!(found, Recovered { again: 1, ..Recovered::default() });
+        assert_eq!((pool.len(), stays.in_kernel), (8, 4));
+        let mut burst = Burst::default();
+        assert_eq!(stays.receive(&mut pool, &mut burst, 4), 1);
+        assert_eq!(burst.heads[0].data(), b"stays");
     }
 
     #[test]

@@ -176,8 +176,8 @@ pub struct Socket {
 impl Socket {
     /// Opens a socket for `queue` of `interface`, in zero copy if driver and kernel can, else in copy mode.
     ///
-    /// `port` is the number of the socket among those that share the UMEM of `pool`, counted from 0. The fill ring is
-    /// filled from `pool` before the queue is bound. Waits up to [`SocketConfig::patience`] for a queue that is taken.
+    /// `port` is the number of the socket among those that share the UMEM of `pool`. The fill ring is
+    /// filled from `pool`, as far as that has frames, before the queue is bound. Waits up to [`SocketConfig::patience`] for a queue that is taken.
     ///
     /// # Errors
     /// See [`OpenError`]; `pool` then has its frames back.
@@ -374,20 +374,21 @@ impl AsFd for Socket {
 
 /// Finds the frames of a UMEM again, and sets `sockets` going where the last process stopped; see [`Recovered`].
 ///
-/// `sockets` are all that share `umem`, in the order of their port numbers. The same call serves a first start, after
+/// `sockets` are all that share `umem`, each with a port number of its own. The same call serves a first start, after
 /// another process has opened the sockets, and a restart after a crash. `None` if the frames were taken before in this
 /// process.
 ///
 /// # Panics
-/// If a socket is of another UMEM or out of order.
+/// If a socket is of another UMEM, or two have one port number.
 pub fn recover_frames(umem: Umem, sockets: &mut [Socket]) -> Option<(FramePool, Recovered)> {
     if !umem.claim() {
         return None;
     }
-    for (port, socket) in sockets.iter().enumerate() {
+    for (index, socket) in sockets.iter().enumerate() {
+        let is_other = |other: &Socket| other.queue.port != socket.queue.port;
         assert!(
-            socket.queue.umem == umem && usize::from(socket.queue.port) == port,
-            "sockets of one UMEM, in order"
+            socket.queue.umem == umem && sockets[..index].iter().all(is_other),
+            "sockets of one UMEM, each with a number of its own"
         );
     }
     let mut queues: Vec<&mut Queue> = sockets.iter_mut().map(|socket| &mut socket.queue).collect();

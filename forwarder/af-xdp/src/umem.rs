@@ -344,6 +344,12 @@ impl Umem {
         Some(FramePool::new(self, (0..self.0.chunks).rev().collect()))
     }
 
+    /// A pool without frames: for a socket that is opened while another process has them. That one must take the socket over
+    /// before it has frames to receive into.
+    pub fn no_frames(self) -> FramePool {
+        FramePool::new(self, Vec::new())
+    }
+
     /// True for the first caller in this process, who makes the pool.
     pub(crate) fn claim(self) -> bool {
         !self.0.taken.swap(true, Ordering::Relaxed)

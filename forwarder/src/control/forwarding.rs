@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use config::control::{FramesRow, NeighborRow, PortRow, RouteRow, WorkerRow};
-use config::gateway::{OverlayKind, Poll, Role};
+use config::gateway::{OverlayKind, Poll};
 
 use super::Shared;
 use super::health::{STUCK_AFTER_NS, heartbeat_age_ns};
@@ -75,22 +75,17 @@ impl Shared {
         rows.into_values().collect()
     }
 
-    /// Every port of the gateway file.
+    /// Every port.
     pub(super) fn port_rows(&self) -> Vec<PortRow> {
         let fib = self.publisher.fib();
         let row = |(index, port): (usize, &config::gateway::PortSection)| {
             let link = fib.ports.get(index).cloned().unwrap_or_default();
             let info = self.ports.get(index).cloned().unwrap_or_default();
-            let role = match port.role {
-                Role::Outside => "outside",
-                Role::Inside => "inside",
-                Role::Both => "both",
-            };
             PortRow {
                 index: index as u32,
                 name: port.name.clone(),
                 interface: port.interface.clone(),
-                role: role.to_owned(),
+                role: port.role.name().to_owned(),
                 mode: info.mode,
                 queues: info.queues,
                 mac: mac_text(link.mac),

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGua
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use config::control::Count;
+use config::control::{Count, PortChange};
 use config::fault::{Code, Fault};
 use config::gateway::Gateway;
 
@@ -112,9 +112,12 @@ pub type SocketCounters = Box<dyn Fn(usize) -> af_xdp::Statistics + Send + Sync>
 /// Takes what objects ask of the forwarding table; if the second argument is true, returns when it is in force.
 pub type WantRoutes = Box<dyn FnMut(Wanted, bool) + Send>;
 
+/// Adds or removes a port. Returns only what is wrong: if it is done, this process is ended.
+pub type ChangePort = Box<dyn Fn(PortChange) -> Fault + Send + Sync>;
+
 /// Everything that control is started with.
 pub struct ControlParts {
-    /// The checked gateway file.
+    /// The checked gateway file, with the ports that there are now.
     pub gateway: Arc<Gateway>,
     /// The listening control socket.
     pub listener: UnixListener,
@@ -134,6 +137,8 @@ pub struct ControlParts {
     pub steer: Arc<dyn Steer>,
     /// Takes what objects ask of the forwarding table. Called on the commit thread.
     pub routes: WantRoutes,
+    /// Adds or removes a port.
+    pub change_port: ChangePort,
     /// What the kernel granted, by port.
     pub ports: Vec<PortInfo>,
     /// What the kernel counted for the sockets of a port.
@@ -152,7 +157,7 @@ pub struct World {
 
 /// What the threads of control share.
 pub struct Shared {
-    /// The checked gateway file.
+    /// The checked gateway file, with the ports that there are now.
     pub gateway: Arc<Gateway>,
     /// Where tables go.
     pub publisher: Arc<Publisher>,
@@ -160,6 +165,8 @@ pub struct Shared {
     pub flows: Arc<FlowMap>,
     /// Session affinity.
     pub affinity: Arc<FlowMap>,
+    /// Adds or removes a port.
+    pub change_port: ChangePort,
     /// What the kernel granted, by port.
     pub ports: Vec<PortInfo>,
     /// What the kernel counted for the sockets of a port.
@@ -279,6 +286,7 @@ impl Control {
             publisher: parts.publisher,
             flows: parts.flows,
             affinity: parts.affinity,
+            change_port: parts.change_port,
             ports: parts.ports,
             socket_counters: parts.socket_counters,
             restarts: parts.restarts,

@@ -182,6 +182,10 @@ impl Backend for Desk {
                 Ok(session) => Answer::Stream(Box::new(session)),
                 Err(fault) => Reply::Fault(fault).into(),
             },
+            // Between two changes of objects, for the data plane ends with it.
+            Request::Port(change) => {
+                look(&self.shared, move |_, shared| Reply::Fault((shared.change_port)(change)).into())
+            }
             // The conversation itself; `client` answers these.
             Request::Hello { .. }
             | Request::Begin(_)

@@ -99,6 +99,10 @@ pub fn run(manifest_fd: RawFd) -> Result<()> {
                 warn!("routes to pods are not in force yet; they follow");
             }
         }),
+        change_port: {
+            let keeper = keeper.clone();
+            Box::new(move |change| keeper.change_port(change))
+        },
         ports: port_infos(&manifest, &queues),
         socket_counters: Box::new(move |port| sum_of_statistics(&sockets[port])),
         restarts: manifest.restarts,
@@ -267,7 +271,7 @@ fn inherit_queues(manifest: &Manifest) -> Result<(Queues, Vec<Vec<OwnedFd>>)> {
         for (port, seconds) in manifest.ports.iter().zip(&mut seconds) {
             let socket = port.sockets[worker].take()?;
             seconds.push(socket.try_clone()?);
-            sockets.push((socket, port.attached));
+            sockets.push((socket, port.slot, port.attached));
         }
         let (ports, pool, recovered) = take_over(umem, sockets, &config)?;
         info!(

@@ -45,6 +45,8 @@ impl Inherited {
 /// One port of the gateway.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ManifestPort {
+    /// Its number in packet memories and steering maps. It stays while others come and go.
+    pub slot: u8,
     /// Index of the interface.
     pub ifindex: u32,
     /// AF_XDP sockets, by worker.
@@ -62,9 +64,9 @@ pub struct ManifestPort {
 pub struct Manifest {
     /// Process id of the keeper.
     pub keeper_pid: u32,
-    /// The checked gateway file.
+    /// The checked gateway file, with the ports that there are now.
     pub gateway: Gateway,
-    /// Ports, in the order of the gateway file.
+    /// Those ports, in the same order.
     pub ports: Vec<ManifestPort>,
     /// Packet memories, by worker.
     pub umems: Vec<Inherited>,

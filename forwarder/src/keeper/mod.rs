@@ -4,11 +4,11 @@
 //! ```text
 //!            keeper (NET_ADMIN, NET_RAW, BPF, IPC_LOCK)          data plane (nothing)
 //!            UMEMs, AF_XDP sockets, TAPs, flow region ---------> workers, control threads
-//!            steering program: link and maps <--- socket pair --- "add these entries", "listen there for me"
+//!            steering program: link and maps <--- socket pair --- "add these entries", "make that a port"
 //!            heartbeats --------------- shared map ------------- "alive at ..."
 //! ```
 //!
-//! The sockets are never closed while the keeper lives, so that a data plane that dies costs no packet: the receive rings
+//! The sockets of a port are never closed while the keeper lives, unless the port is removed ([`attach`]), so that a data plane that dies costs no packet: the receive rings
 //! hold what comes until the next one has mapped them again and found its frames (see [`af_xdp::ledger`]). What
 //! happens when a process dies:
 //!
@@ -22,14 +22,16 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use config::fault::Fault;
-use config::gateway::{Gateway, HealthSection};
+use config::gateway::Gateway;
 use tracing::{info, warn};
 
 use crate::kernel::privileged::{Direct, Privileged};
 
 pub mod account;
+pub mod attach;
 pub mod data_plane;
 pub mod driver;
 pub mod hugepages;
@@ -44,29 +46,34 @@ pub mod sandbox;
 pub mod supervise;
 pub mod tap;
 
+use attach::Attached;
 use manifest::{Inherited, Manifest};
 use ports::Ports;
 use requests::{Answer, Reply, Request};
+use supervise::Duties;
 
 /// Reads the gateway file, sets everything up, and runs the data plane until SIGTERM or SIGINT.
 ///
 /// # Errors
 /// Everything that is wrong, in words for the operator, one a line. Nothing is left behind.
 pub fn run(file: &Path) -> anyhow::Result<()> {
-    let gateway = Gateway::load(file).map_err(all_faults)?;
-    preflight::check(&gateway).map_err(all_faults)?;
+    let mut attached = Attached::new(Gateway::load(file).map_err(all_faults)?)?;
+    let gateway = attached.gateway();
+    preflight::check(gateway).map_err(all_faults)?;
     let stop = stop_signals()?;
 
     let mut lock = lock::RegionLock::take(&gateway.flows.region)?;
-    lock.resize(&gateway)?;
+    lock.resize(gateway)?;
     let account = account::data_plane_account(gateway.control.user.as_deref())?;
     let group = gateway.control.group.as_deref().map(account::control_group).transpose()?;
     listen::make_state_dir(&gateway.control.state_dir, &account)?;
     let control = listen::ControlSocket::listen(&gateway.control.socket, group)?;
-    let mut ports = Ports::open(&gateway)?;
+    let mut ports = Ports::open(gateway)?;
+    attached.follow(&mut ports);
+    attached.take_change();
 
     let heartbeats = ports.heartbeats()?;
-    let mut neighbors = Direct::new(gateway.ports.iter().map(|port| port.interface.clone()).collect())?;
+    let neighbors = Direct::new(interfaces(attached.gateway()))?;
     let manifest = Manifest {
         keeper_pid: std::process::id(),
         ports: ports.manifest(),
@@ -80,56 +87,118 @@ pub fn run(file: &Path) -> anyhow::Result<()> {
         control_group: group.map(|group| group.as_raw()),
         restarts: 0,
         account,
-        gateway,
+        gateway: attached.gateway().clone(),
     };
-    let interfaces = manifest.gateway.ports.iter().map(|port| port.interface.clone());
-    let mut follow_macs = follow_macs(ports.taps().map(str::to_owned).zip(interfaces).collect());
-    let mut watchdog = watchdog();
-    let health = manifest.gateway.health;
     let supervisor = supervise::Supervisor { manifest, heartbeats: &heartbeats, stop };
-    supervisor.run(
-        |request| act(&mut ports, &mut neighbors, health, request),
-        || notify(sd_notify::NotifyState::Ready),
-        || {
-            watchdog();
-            follow_macs();
-        },
-    )?;
+    let mut holdings =
+        Holdings { ports, attached, neighbors, looked: Instant::now(), watchdog: Watchdog::new() };
+    supervisor.run(&mut holdings)?;
 
     info!("stopping: flows stay in the region, objects in the state directory");
     notify(sd_notify::NotifyState::Stopping);
-    if let Err(cause) = neighbors.release_all() {
+    if let Err(cause) = holdings.neighbors.release_all() {
         warn!("next hops that the kernel kept for us could not all be released: {cause}");
     }
     Ok(())
 }
 
-/// Does what the data plane asked for.
-fn act(ports: &mut Ports, neighbors: &mut Direct, health: HealthSection, request: Request) -> Answer {
-    let outcome = match request {
-        Request::Ready => Ok(Reply::Done),
-        Request::SteerContents => {
-            let nothing = crate::port::xsk::steer::Contents::default();
-            Ok(Reply::Contents(nothing.difference(ports.steering().contents()).0))
+/// Names of the interfaces of all ports.
+fn interfaces(gateway: &Gateway) -> Vec<String> {
+    gateway.ports.iter().map(|port| port.interface.clone()).collect()
+}
+
+/// What the keeper holds, and does with it.
+struct Holdings {
+    ports: Ports,
+    attached: Attached,
+    neighbors: Direct,
+    /// When the MAC addresses of the ports were looked at.
+    looked: Instant,
+    watchdog: Watchdog,
+}
+
+impl Duties for Holdings {
+    fn act(&mut self, request: Request) -> Option<Answer> {
+        let outcome = match request {
+            Request::Ready => Ok(Reply::Done),
+            Request::SteerContents => {
+                let nothing = crate::port::xsk::steer::Contents::default();
+                Ok(Reply::Contents(nothing.difference(self.ports.steering().contents()).0))
+            }
+            Request::Steer(change) => self
+                .ports
+                .steering_mut()
+                .apply(&change)
+                .map(|()| Reply::Done)
+                .map_err(|cause| cause.to_string()),
+            Request::SteerCounters => self
+                .ports
+                .steering()
+                .counters()
+                .map(|counters| Reply::Counters(counters.to_vec()))
+                .map_err(|cause| cause.to_string()),
+            Request::Neighbor { link, addr, care } => match self.neighbors.neighbor(link, addr, care) {
+                Ok(()) => Ok(Reply::Done),
+                Err(cause) => Ok(Reply::Refused(cause.raw_os_error().unwrap_or(libc::EIO))),
+            },
+            Request::Listen { addr } => match listen::tcp(addr, self.attached.gateway().health) {
+                Ok(fd) => return Some(Answer { reply: Reply::Listening, fd: Some(fd) }),
+                Err(message) => Err(message),
+            },
+            Request::Port(change) => match self.attached.change(change, &mut self.ports) {
+                Ok(()) => return None,
+                Err(fault) => Ok(Reply::Fault(fault)),
+            },
+        };
+        Some(outcome.unwrap_or_else(Reply::Failed).into())
+    }
+
+    fn on_ready(&mut self) {
+        notify(sd_notify::NotifyState::Ready);
+    }
+
+    fn on_healthy(&mut self) {
+        self.watchdog.feed();
+        self.follow_macs();
+    }
+
+    fn change(&mut self, manifest: &mut Manifest, forwards: bool) -> bool {
+        // The frames of ports that are gone are free once a data plane has begun.
+        if forwards {
+            self.attached.follow(&mut self.ports);
         }
-        Request::Steer(change) => {
-            ports.steering_mut().apply(&change).map(|()| Reply::Done).map_err(|cause| cause.to_string())
+        if !self.attached.take_change() {
+            return false;
         }
-        Request::SteerCounters => ports
-            .steering()
-            .counters()
-            .map(|counters| Reply::Counters(counters.to_vec()))
-            .map_err(|cause| cause.to_string()),
-        Request::Neighbor { link, addr, care } => match neighbors.neighbor(link, addr, care) {
-            Ok(()) => Ok(Reply::Done),
-            Err(cause) => Ok(Reply::Refused(cause.raw_os_error().unwrap_or(libc::EIO))),
-        },
-        Request::Listen { addr } => match listen::tcp(addr, health) {
-            Ok(fd) => return Answer { reply: Reply::Listening, fd: Some(fd) },
-            Err(message) => Err(message),
-        },
-    };
-    outcome.unwrap_or_else(Reply::Failed).into()
+        manifest.gateway = self.attached.gateway().clone();
+        manifest.ports = self.ports.manifest();
+        if let Err(cause) = self.neighbors.set_interfaces(interfaces(&manifest.gateway)) {
+            warn!("next hops that the kernel kept for us on a removed port could not be released: {cause}");
+        }
+        true
+    }
+
+    fn between(&mut self) {
+        self.ports.close_removed();
+    }
+}
+
+impl Holdings {
+    /// Gives each TAP the MAC address that its interface has now, once a second.
+    fn follow_macs(&mut self) {
+        const EVERY: Duration = Duration::from_secs(1);
+        if self.looked.elapsed() < EVERY {
+            return;
+        }
+        self.looked = Instant::now();
+        for (tap, port) in self.ports.taps().zip(&self.attached.gateway().ports) {
+            let interface = &port.interface;
+            // One that is gone is reported by the data plane, which follows the links.
+            if let Ok(true) = tap::follow(tap, interface) {
+                info!(tap, interface, "the MAC address of the port changed");
+            }
+        }
+    }
 }
 
 /// Tells systemd, if it listens.
@@ -140,31 +209,21 @@ fn notify(state: sd_notify::NotifyState<'_>) {
 }
 
 /// Tells systemd's watchdog that all is well, twice in its interval, if it wants to know.
-fn watchdog() -> impl FnMut() {
-    let interval = sd_notify::watchdog_enabled().map(|interval| interval / 2);
-    let mut last = std::time::Instant::now();
-    move || {
-        if interval.is_some_and(|interval| last.elapsed() >= interval) {
-            last = std::time::Instant::now();
-            notify(sd_notify::NotifyState::Watchdog);
-        }
-    }
+struct Watchdog {
+    interval: Option<Duration>,
+    fed: Instant,
 }
 
-/// Gives each TAP the MAC address that its interface has now, once a second. `taps`: TAP and interface of each port.
-fn follow_macs(taps: Vec<(String, String)>) -> impl FnMut() {
-    const EVERY: std::time::Duration = std::time::Duration::from_secs(1);
-    let mut last = std::time::Instant::now();
-    move || {
-        if last.elapsed() < EVERY {
-            return;
-        }
-        last = std::time::Instant::now();
-        for (tap, interface) in &taps {
-            // One that is gone is reported by the data plane, which follows the links.
-            if let Ok(true) = tap::follow(tap, interface) {
-                info!(tap, interface, "the MAC address of the port changed");
-            }
+impl Watchdog {
+    fn new() -> Watchdog {
+        let interval = sd_notify::watchdog_enabled().map(|interval| interval / 2);
+        Watchdog { interval, fed: Instant::now() }
+    }
+
+    fn feed(&mut self) {
+        if self.interval.is_some_and(|interval| self.fed.elapsed() >= interval) {
+            self.fed = Instant::now();
+            notify(sd_notify::NotifyState::Watchdog);
         }
     }
 }

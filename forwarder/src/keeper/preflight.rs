@@ -147,7 +147,7 @@ fn cpus(gateway: &Gateway) -> Vec<Fault> {
 }
 
 /// Exists, has Ethernet frames, and a queue for each worker.
-fn interface(index: usize, port: &PortSection, workers: usize) -> Option<Fault> {
+pub fn interface(index: usize, port: &PortSection, workers: usize) -> Option<Fault> {
     let name = &port.interface;
     let fault = |message: &str, remedy: &str| {
         let fault = Fault::new(Code::Invalid, message).field(format!("port[{index}].interface"));

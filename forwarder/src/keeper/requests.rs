@@ -2,7 +2,7 @@
 //!
 //! JSON lines over a socket pair. The data plane asks, the keeper answers, one at a time; a descriptor comes along with the answer
 //! that it belongs to. The keeper trusts none of it: a line is bounded, garbage ends the data plane, and the worst that a valid
-//! request can do is to steer packets to workers, and to listen where the gateway file lets it.
+//! request can do is to steer packets to workers, to make ports of interfaces, and to listen where the gateway file lets it.
 
 use std::io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -11,6 +11,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, PoisonError};
 
+use config::control::PortChange;
+use config::fault::{Code, Fault};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg,
@@ -53,6 +55,8 @@ pub enum Request {
         /// Where; an unspecified address stands for every address of both families.
         addr: SocketAddr,
     },
+    /// Add or remove a port. Answered by [`Reply::Fault`] only: otherwise the data plane is started anew, with the ports as they are then.
+    Port(PortChange),
 }
 
 /// What the keeper answers.
@@ -67,6 +71,8 @@ pub enum Reply {
     Counters(Vec<u64>),
     /// The listening socket, which does not block, comes along.
     Listening,
+    /// It was refused, and nothing was changed.
+    Fault(Fault),
     /// It could not be done, in words for the operator.
     Failed(String),
     /// The kernel refused it, with this error number.
@@ -207,6 +213,16 @@ impl Keeper {
         }
     }
 
+    /// Adds or removes a port. If it is done, this process is ended, and another one has the ports as they are then; so this returns only
+    /// what is wrong.
+    pub fn change_port(&self, change: PortChange) -> Fault {
+        match self.ask(&Request::Port(change)) {
+            Ok(Reply::Fault(fault)) => fault,
+            Ok(_) => Fault::new(Code::Other, "the keeper answered something else; this is a bug"),
+            Err(error) => Fault::new(Code::Other, error.to_string()),
+        }
+    }
+
     /// Has the kernel look after a next hop.
     ///
     /// # Errors
@@ -258,11 +274,12 @@ impl Requests {
         &self.stream
     }
 
-    /// Takes what has arrived and answers every whole request in it. Call when the stream is readable.
+    /// Takes what has arrived and answers every whole request in it, but for those that `act` has no answer to. Call when the stream is
+    /// readable.
     ///
     /// # Errors
     /// The data plane is gone, or spoke nonsense.
-    pub fn answer(&mut self, mut act: impl FnMut(Request) -> Answer) -> io::Result<()> {
+    pub fn answer(&mut self, mut act: impl FnMut(Request) -> Option<Answer>) -> io::Result<()> {
         let mut chunk = [0; 65_536];
         let count = self.stream.read(&mut chunk)?;
         if count == 0 {
@@ -272,8 +289,9 @@ impl Requests {
         while let Some(end) = self.pending.iter().position(|byte| *byte == b'\n') {
             let request = serde_json::from_slice(&self.pending[..end])?;
             self.pending.drain(..=end);
-            let Answer { reply, fd } = act(request);
-            self.send(&to_line(&reply), fd.as_ref())?;
+            if let Some(Answer { reply, fd }) = act(request) {
+                self.send(&to_line(&reply), fd.as_ref())?;
+            }
         }
         if self.pending.len() as u64 > MAX_LINE_BYTES {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a request of more than 64 MiB"));
@@ -310,22 +328,29 @@ mod tests {
             let mut requests = Requests::new(theirs);
             let mut contents = Contents::default();
             while requests
-                .answer(|request| match request {
-                    Request::Steer(change) if change.len() == 3 => Reply::Failed("full".into()).into(),
-                    Request::Steer(change) => {
-                        contents.apply(&change);
-                        Reply::Done.into()
-                    }
-                    Request::SteerContents => {
-                        Reply::Contents(Contents::default().difference(&contents).0).into()
-                    }
-                    Request::SteerCounters => Reply::Counters(vec![7, 8]).into(),
-                    Request::Listen { addr } if addr.port() == 1 => Reply::Failed("taken".into()).into(),
-                    Request::Listen { addr } => {
-                        let listener = TcpListener::bind(addr).unwrap();
-                        Answer { reply: Reply::Listening, fd: Some(listener.into()) }
-                    }
-                    _ => Reply::Done.into(),
+                .answer(|request| {
+                    Some(match request {
+                        Request::Steer(change) if change.len() == 3 => Reply::Failed("full".into()).into(),
+                        Request::Steer(change) => {
+                            contents.apply(&change);
+                            Reply::Done.into()
+                        }
+                        Request::SteerContents => {
+                            Reply::Contents(Contents::default().difference(&contents).0).into()
+                        }
+                        Request::SteerCounters => Reply::Counters(vec![7, 8]).into(),
+                        Request::Listen { addr } if addr.port() == 1 => Reply::Failed("taken".into()).into(),
+                        Request::Listen { addr } => {
+                            let listener = TcpListener::bind(addr).unwrap();
+                            Answer { reply: Reply::Listening, fd: Some(listener.into()) }
+                        }
+                        Request::Port(PortChange::Remove { name }) => {
+                            Reply::Fault(Fault::new(Code::NotFound, "no such port").value(name)).into()
+                        }
+                        // The data plane is ended instead.
+                        Request::Port(PortChange::Add(_)) => return None,
+                        _ => Reply::Done.into(),
+                    })
                 })
                 .is_ok()
             {}
@@ -345,6 +370,8 @@ mod tests {
         }
         let taken = data_plane.listen("127.0.0.1:1".parse().unwrap());
         assert!(matches!(taken, Err(AskError::Failed(message)) if message == "taken"));
+        let refused = data_plane.change_port(PortChange::Remove { name: "pod7".into() });
+        assert_eq!((refused.code, refused.value.as_deref()), (Code::NotFound, Some("pod7")));
         drop(data_plane);
         keeper.join().unwrap();
     }

@@ -126,6 +126,24 @@ pub enum Ended {
     Stopped,
 }
 
+/// What the keeper does besides keeping the data plane alive.
+pub trait Duties {
+    /// Does what the data plane asked for. None: it gets no answer, for it is about to be started anew.
+    fn act(&mut self, request: Request) -> Option<Answer>;
+
+    /// The first data plane forwards.
+    fn on_ready(&mut self);
+
+    /// A look found all well.
+    fn on_healthy(&mut self);
+
+    /// True if `manifest` is another one now, so that the data plane must be started anew. `forwards`: the one that runs has begun.
+    fn change(&mut self, manifest: &mut Manifest, forwards: bool) -> bool;
+
+    /// After a [change](Duties::change): no data plane runs, and the next one is started after this.
+    fn between(&mut self);
+}
+
 /// Runs the data plane until it is told to stop.
 pub struct Supervisor<'a> {
     /// Everything that a data plane is started with.
@@ -137,20 +155,13 @@ pub struct Supervisor<'a> {
 }
 
 impl Supervisor<'_> {
-    /// Starts the data plane, again and again, and does for it what `act` is asked to. Returns when told to stop,
+    /// Starts the data plane, again and again, and does for it what it asks for. Returns when told to stop,
     /// with the data plane dead.
-    ///
-    /// `on_ready` is called when the first data plane forwards, `on_healthy` at every look that found all well.
     ///
     /// # Errors
     /// The first data plane could not even be started, or died before it was ready: there is something wrong that
     /// another try would not mend.
-    pub fn run(
-        mut self,
-        mut act: impl FnMut(Request) -> Answer,
-        mut on_ready: impl FnMut(),
-        mut on_healthy: impl FnMut(),
-    ) -> anyhow::Result<Ended> {
+    pub fn run(mut self, duties: &mut impl Duties) -> anyhow::Result<Ended> {
         let workers = self.manifest.gateway.workers.cpus.len();
         let mut pulses = vec![Pulse::Fine; workers];
         let mut fast_deaths = 0;
@@ -184,9 +195,9 @@ impl Supervisor<'_> {
                 let answered = child.requests.answer(|request| {
                     if matches!(request, Request::Ready) {
                         became_ready = true;
-                        return Reply::Done.into();
+                        return Some(Reply::Done.into());
                     }
-                    act(request)
+                    duties.act(request)
                 });
                 if let Err(cause) = answered {
                     // The end of the stream comes a moment before the end of the process: mostly it is dying already.
@@ -201,7 +212,7 @@ impl Supervisor<'_> {
                 info!(pid = child.child.id(), after_ms, "data plane forwards");
                 if !ever_ready {
                     ever_ready = true;
-                    on_ready();
+                    duties.on_ready();
                 }
             }
             if died {
@@ -224,8 +235,17 @@ impl Supervisor<'_> {
                 running = None;
                 continue;
             }
+            if duties.change(&mut self.manifest, child.ready.is_some()) {
+                let ports = self.manifest.gateway.ports.len();
+                info!(pid = child.child.id(), ports, "starting the data plane anew with other ports");
+                child.kill();
+                child.reap()?;
+                duties.between();
+                running = None;
+                continue;
+            }
             if self.look(child, &mut pulses) {
-                on_healthy();
+                duties.on_healthy();
             }
         }
     }

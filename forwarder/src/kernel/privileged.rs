@@ -62,6 +62,17 @@ impl Direct {
         Ok(Direct { socket: Socket::open()?, interfaces })
     }
 
+    /// Touches neighbors of these interfaces from now on, and of no others: those that it had the kernel keep there are released.
+    ///
+    /// # Errors
+    /// The kernel refuses to release; the new interfaces hold all the same.
+    pub fn set_interfaces(&mut self, interfaces: Vec<String>) -> io::Result<()> {
+        self.interfaces.retain(|name| !interfaces.contains(name));
+        let outcome = if self.interfaces.is_empty() { Ok(0) } else { self.release_all() };
+        self.interfaces = interfaces;
+        outcome.map(drop)
+    }
+
     /// Releases every entry that Towpath has the kernel keep on its ports, for a clean stop. Returns how many.
     ///
     /// # Errors

@@ -234,26 +234,32 @@ pub fn belongs_to(packet: &mut Packet, hit: &Hit<'_>) {
 /// Refuses a source to which the route back leaves by a port of the other side (outside against inside) than `port`, and one of our own.
 ///
 /// This is reverse-path filtering (RFC 3704 section 2.3, feasible path) at the grain of the two sides, so that several
-/// uplinks do no harm. The switches of `[source_checks]` are looked at only for what would be refused.
+/// uplinks do no harm. The port of a pod is held to the strict form: the route back must leave by that very port (section 2.2). The
+/// switches of `[source_checks]` are looked at only for what would be refused.
 #[inline]
 pub fn check_source(source: Addr, port: u8, tables: &Tables, fib: &Fib) -> Result<(), Reason> {
+    let settings = |port: u8| tables.settings.ports.get(usize::from(port)).copied().unwrap_or_default();
     let back = match fib.routes.lookup(source) {
         Some(Route::NextHop(index)) => fib.next_hops.get(index as usize).map(|next_hop| next_hop.port),
         Some(Route::OnLink { port }) => Some(port),
         // An address of our own never comes from the wire.
         Some(Route::Local) => return refuse_unless_off(Reason::OwnSource, &tables.settings),
         // No way back by a port of ours: the kernel's business, or nobody's.
-        Some(Route::Kernel | Route::Blackhole) | None => return Ok(()),
+        Some(Route::Kernel | Route::Blackhole) | None if !settings(port).pod => return Ok(()),
+        Some(Route::Kernel | Route::Blackhole) | None => None,
     };
     if back == Some(port) {
         return Ok(());
     }
-    let settings = |port: u8| tables.settings.ports.get(usize::from(port)).copied().unwrap_or_default();
     let (came, leaves) = (settings(port), back.map(settings).unwrap_or_default());
-    if came.outside && leaves.outside || came.inside && leaves.inside {
+    if !came.pod && (came.outside && leaves.outside || came.inside && leaves.inside) {
         return Ok(());
     }
-    let reason = if came.outside { Reason::PodFromOutside } else { Reason::ClientFromInside };
+    let reason = match (came.pod, came.outside) {
+        (true, _) => Reason::ForeignSource,
+        (false, true) => Reason::PodFromOutside,
+        (false, false) => Reason::ClientFromInside,
+    };
     refuse_unless_off(reason, &tables.settings)
 }
 
@@ -264,6 +270,7 @@ pub fn refuse_unless_off(reason: Reason, settings: &Settings) -> Result<(), Reas
     let is_on = match reason {
         Reason::PodFromOutside => checks.pod_from_outside,
         Reason::ClientFromInside => checks.client_from_inside,
+        Reason::ForeignSource => checks.foreign_source,
         Reason::OwnSource => checks.own_source,
         _ => true,
     };

@@ -163,7 +163,7 @@ fn masquerade_addresses<'c>(
     let listed = addresses.iter().copied().filter(move |addr| addr.is_v4() == v4);
     let own = match listed.clone().next() {
         Some(_) => None,
-        None => cx.fib.ports.get(usize::from(leaves_by)).and_then(|link| if v4 { link.v4 } else { link.v6 }),
+        None => cx.fib.own_address(leaves_by, v4),
     };
     listed.chain(own)
 }

@@ -479,9 +479,7 @@ fn write_icmp_error(packet: &mut Packet, answer: Answer, fib: &Fib) -> bool {
         (_, true) => (icmp::v4::UNREACHABLE, icmp::v4::CODE_PORT, 0),
         (_, false) => (icmp::v6::UNREACHABLE, icmp::v6::CODE_PORT, 0),
     };
-    let link = fib.ports.get(usize::from(packet.port));
-    let own = link.and_then(|link| if v4 { link.v4 } else { link.v6 });
-    let source = packet.error_source.or(own).unwrap_or(packet.tuple.dst);
+    let source = packet.error_source.or(fib.own_address(packet.port, v4)).unwrap_or(packet.tuple.dst);
     let ip_header_len = if v4 { ipv4::HEADER_LEN } else { ipv6::HEADER_LEN };
     let max = if v4 { MAX_ERROR_V4 } else { ipv6::MIN_MTU };
     let l3 = usize::from(packet.l3);

@@ -33,7 +33,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use config::control::{Kind, ObjectRef};
-use config::gateway::Gateway;
+use config::gateway::{Gateway, Role};
 
 use super::facts::{Facts, SliceFacts};
 use super::state::{Entry, State, Touch};
@@ -388,6 +388,7 @@ pub fn settings(gateway: &Gateway) -> Settings {
     let ports = gateway.ports.iter().map(|port| PortSettings {
         outside: port.role.is_outside(),
         inside: port.role.is_inside(),
+        pod: port.role == Role::Pod,
         expose_cluster_ips: port.expose_cluster_ips,
         partial_checksums: false,
     });

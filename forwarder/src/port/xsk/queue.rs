@@ -19,8 +19,8 @@ pub type WorkerPorts = (Vec<XskPort>, FramePool, Recovered);
 
 /// Takes over the sockets of one worker, which share `umem`: maps their rings, finds the frames.
 ///
-/// `sockets`: one for each port, in the order of the gateway file, as the keeper opened them with `config`; with each,
-/// where its steering program runs.
+/// `sockets`: one for each port, in the order of the ports, as the keeper opened them with `config`; with each, its number in `umem`
+/// and where its steering program runs.
 ///
 /// # Errors
 /// A descriptor is no socket with rings of these sizes.
@@ -29,13 +29,13 @@ pub type WorkerPorts = (Vec<XskPort>, FramePool, Recovered);
 /// If the frames of `umem` were taken before in this process.
 pub fn take_over(
     umem: Umem,
-    sockets: Vec<(OwnedFd, AttachMode)>,
+    sockets: Vec<(OwnedFd, u8, AttachMode)>,
     config: &SocketConfig,
 ) -> Result<WorkerPorts, OpenError> {
     let mut inherited = Vec::with_capacity(sockets.len());
     let mut attached = Vec::with_capacity(sockets.len());
-    for (port, (fd, mode)) in sockets.into_iter().enumerate() {
-        inherited.push(Socket::inherit(fd, umem, port, config)?);
+    for (fd, number, mode) in sockets {
+        inherited.push(Socket::inherit(fd, umem, usize::from(number), config)?);
         attached.push(mode);
     }
     let (pool, recovered) = recover_frames(umem, &mut inherited).expect("frames are found once in a process");

@@ -3,6 +3,7 @@
 //! Used by the keeper only: all of it needs CAP_BPF and CAP_NET_ADMIN. The program is held by links, never pinned, so
 //! that nothing stays behind when the keeper ends, however it ends.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -181,7 +182,8 @@ pub struct Steering {
     prefixes: LpmTrie<MapData, [u8; 16], u32>,
     heartbeats: OwnedFd,
     counters: PerCpuArray<MapData, u64>,
-    links: Vec<FdLink>,
+    /// By interface index.
+    links: BTreeMap<u32, FdLink>,
     contents: Contents,
 }
 
@@ -218,12 +220,12 @@ impl Steering {
             heartbeats,
             programs,
             sizes,
-            links: Vec::new(),
+            links: BTreeMap::new(),
             contents: Contents::default(),
         })
     }
 
-    /// Attaches the program to an interface as port `port`, by the first of `modes` that the interface takes. Returns that mode,
+    /// Attaches the program to an interface as the port with slot `port`, by the first of `modes` that the interface takes. Returns that mode,
     /// and why those before it were refused.
     ///
     /// # Errors
@@ -250,6 +252,13 @@ impl Steering {
         Err(SteerError::NoXdp { interface: interface.into(), refusals: refusals.join("; ") })
     }
 
+    /// Takes the program off an interface: from now on the kernel gets its packets. Nothing happens if it is not there.
+    pub fn detach(&mut self, ifindex: u32) {
+        self.links.remove(&ifindex);
+        // The only error is that there is no such entry.
+        let _ = self.ports.remove(&ifindex);
+    }
+
     fn attach_as(&mut self, ifindex: u32, mode: XdpMode) -> Result<(), ProgramError> {
         let program: &mut Xdp = steer_program(&mut self.programs).map_err(|_| ProgramError::NotLoaded)?;
         let id = program.attach_to_if_index(ifindex, mode)?;
@@ -259,11 +268,11 @@ impl Steering {
         let link = FdLink::try_from(link).map_err(|_| {
             ProgramError::IOError(io::Error::new(io::ErrorKind::Unsupported, "no XDP link; needs Linux 5.9"))
         })?;
-        self.links.push(link);
+        self.links.insert(ifindex, link);
         Ok(())
     }
 
-    /// Gives the packets of a queue to a socket.
+    /// Gives the packets of a queue of the port with slot `port` to a socket.
     ///
     /// # Errors
     /// [`SteerError::Map`] if the descriptor is no AF_XDP socket or the queue is out of range.
