@@ -160,8 +160,8 @@ fn a_pod_moves_with_its_connections() {
             wait_for_bytes(&mut downloads[0], &files[0], bytes);
             let start = Instant::now();
             cluster.move_pod(from, to, addresses).unwrap();
-            moved.push(start.elapsed());
             cluster.daemon().apply(&objects(name)).unwrap();
+            moved.push(start.elapsed());
             println!("moved to {name} in {:?}", moved[moved.len() - 1]);
         }
         for (download, file) in downloads.iter_mut().zip(&files) {

@@ -41,6 +41,7 @@ mod tests {
     use super::*;
     use crate::control::compile::fixture::Cluster;
 
+    // Rules 15.1, 15.2.
     #[test]
     fn services_headless_services_and_pods() {
         let cluster = Cluster::new(

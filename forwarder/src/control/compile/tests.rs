@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::fixture::{Cluster, gateway};
 use super::*;
-use config::gateway::Algorithm;
+use config::gateway::{Algorithm, SourceChecks};
 
 use super::lifetime::Removal;
 use crate::addr::{Tuple, protocol};
@@ -171,6 +171,14 @@ fn endpoints_are_named_for_traces() {
 }
 
 /// Rules 6.2, 6.3, 6.4.
+#[test]
+fn source_checks_are_those_of_the_gateway_file() {
+    assert_eq!(settings(&gateway(HEAD)).source_checks, SourceChecks::default());
+    let file = format!("{HEAD}\n[source_checks]\nown_source = false");
+    let expected = SourceChecks { own_source: false, ..SourceChecks::default() };
+    assert_eq!(settings(&gateway(&file)).source_checks, expected);
+}
+
 #[test]
 fn source_ranges_are_for_load_balancer_addresses_of_their_family() {
     let cluster = Cluster::new(HEAD, WEB);
