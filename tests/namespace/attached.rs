@@ -61,12 +61,12 @@ impl Pod {
         namespace.ip("route add default via 169.254.1.1").unwrap();
         namespace.ip("route add default via fe80::1 dev eth0").unwrap();
         // The host. For IPv4 the kernel answers ARP for the gateway's address either as a proxy or as its owner.
-        if number == 1 {
+        if number == 2 {
             let settings =
                 [format!("net.ipv4.conf.{host}.proxy_arp=1"), format!("net.ipv4.neigh.{host}.proxy_delay=0")];
             gateway.sysctl(&settings.each_ref().map(String::as_str)).unwrap();
         } else {
-            gateway.ip(&format!("address add 169.254.1.1/32 dev {host} scope link")).unwrap();
+            gateway.ip(&format!("address add 169.254.1.1/32 dev {host}")).unwrap();
         }
         gateway.ip(&format!("address add fe80::1/64 dev {host} nodad")).unwrap();
         gateway.ip(&format!("route add {v4} dev {host}")).unwrap();

@@ -56,12 +56,16 @@ pub fn address(body: &[u8]) -> Option<Address> {
             _ => {}
         }
     }
+    // On a point-to-point link IFA_ADDRESS is the peer and IFA_LOCAL the address; IPv6 leaves IFA_LOCAL out elsewhere.
+    let addr = local.or(of_prefix)?;
+    // `ip address add` gives 169.254.1.1, by which pods know their gateway, the global scope if it is not told otherwise. No answer to
+    // such a source comes back (RFC 3927 section 2.7).
+    let is_link_local = matches!(addr, IpAddr::V4(v4) if v4.is_link_local());
     Some(Address {
         link: u32_at(body, 4)?,
-        // On a point-to-point link IFA_ADDRESS is the peer and IFA_LOCAL the address; IPv6 leaves IFA_LOCAL out elsewhere.
-        addr: local.or(of_prefix)?,
+        addr,
         prefix_len,
-        global: scope == 0,
+        global: scope == 0 && !is_link_local,
         usable: flags & DAD_FAILED == 0 && (flags & TENTATIVE == 0 || flags & OPTIMISTIC != 0),
         secondary: flags & (SECONDARY_OR_TEMPORARY | DEPRECATED) != 0,
     })
@@ -257,6 +261,8 @@ mod tests {
         let found = address(&bytes(ADDRESS_V4)).unwrap();
         assert_eq!((found.link, found.addr.to_string().as_str(), found.prefix_len), (3, "192.0.2.1", 24));
         assert!(found.global && found.usable && !found.secondary);
+        let link_local = address(&bytes(&ADDRESS_V4.replace("c0000201", "a9fe0101"))).unwrap();
+        assert_eq!((link_local.addr.to_string().as_str(), link_local.global), ("169.254.1.1", false));
         let mut tentative = bytes(ADDRESS_V6);
         assert_eq!(address(&tentative).unwrap().addr.to_string(), "fd00::1");
         let flags = tentative.len() - 4;
