@@ -223,7 +223,7 @@ fn patterns_stand_for_interfaces() {
     refuses_section("[[attach]]\npattern = \"\"", "attach[0].pattern", "pod*");
     refuses_section("[[attach]]\npattern = \"*\"", "attach[0].pattern", "more narrowly");
     refuses_section("[[attach]]\npattern = \"t*\"", "attach[0].pattern", "TAPs");
-    refuses_section("[[attach]]\npattern = \"pod*\"\nrole = \"node\"", "attach[0].role", "unknown variant");
+    refuses_section("[[attach]]\nrole = \"node\"\npattern = \"pod*\"", "attach[0].role", "unknown variant");
 }
 
 #[test]
