@@ -184,11 +184,14 @@ pub enum Kind {
     Service,
     /// discovery.k8s.io/v1 EndpointSlice.
     EndpointSlice,
+    /// towpath.dev/v1 PodRoute, Towpath's own.
+    PodRoute,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Kind; 5] = [Kind::Namespace, Kind::Node, Kind::Pod, Kind::Service, Kind::EndpointSlice];
+    pub const ALL: [Kind; 6] =
+        [Kind::Namespace, Kind::Node, Kind::Pod, Kind::Service, Kind::EndpointSlice, Kind::PodRoute];
 
     /// Its name as `kind:` spells it.
     pub const fn name(self) -> &'static str {
@@ -198,6 +201,7 @@ impl Kind {
             Kind::Pod => "Pod",
             Kind::Service => "Service",
             Kind::EndpointSlice => "EndpointSlice",
+            Kind::PodRoute => "PodRoute",
         }
     }
 
@@ -209,12 +213,13 @@ impl Kind {
             Kind::Pod => "pod",
             Kind::Service => "service",
             Kind::EndpointSlice => "endpointslice.discovery.k8s.io",
+            Kind::PodRoute => "podroute.towpath.dev",
         }
     }
 
     /// True if its objects live in a namespace.
     pub const fn is_namespaced(self) -> bool {
-        !matches!(self, Kind::Namespace | Kind::Node)
+        !matches!(self, Kind::Namespace | Kind::Node | Kind::PodRoute)
     }
 }
 

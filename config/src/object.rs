@@ -8,6 +8,7 @@
 mod files;
 mod located;
 mod plain;
+mod pod_route;
 mod typed;
 
 use std::ops::ControlFlow;
@@ -23,6 +24,7 @@ use crate::fault::{Code, Fault, Source};
 use located::Located;
 
 pub use files::folder;
+pub use pod_route::{PodRoute, PodRouteSpec};
 
 /// An object of a kind that Towpath keeps. The large ones are boxed.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,6 +39,8 @@ pub enum Object {
     Service(Box<Service>),
     /// discovery.k8s.io/v1 EndpointSlice.
     EndpointSlice(Box<EndpointSlice>),
+    /// towpath.dev/v1 PodRoute.
+    PodRoute(Box<PodRoute>),
 }
 
 impl Serialize for Object {
@@ -47,6 +51,7 @@ impl Serialize for Object {
             Object::Pod(object) => object.serialize(serializer),
             Object::Service(object) => object.serialize(serializer),
             Object::EndpointSlice(object) => object.serialize(serializer),
+            Object::PodRoute(object) => object.serialize(serializer),
         }
     }
 }
@@ -71,6 +76,7 @@ impl Object {
             Object::Pod(_) => Kind::Pod,
             Object::Service(_) => Kind::Service,
             Object::EndpointSlice(_) => Kind::EndpointSlice,
+            Object::PodRoute(_) => Kind::PodRoute,
         }
     }
 
@@ -82,6 +88,7 @@ impl Object {
             Object::Pod(object) => &object.metadata,
             Object::Service(object) => &object.metadata,
             Object::EndpointSlice(object) => &object.metadata,
+            Object::PodRoute(object) => &object.metadata,
         }
     }
 
@@ -92,6 +99,7 @@ impl Object {
             Object::Pod(object) => &mut object.metadata,
             Object::Service(object) => &mut object.metadata,
             Object::EndpointSlice(object) => &mut object.metadata,
+            Object::PodRoute(object) => &mut object.metadata,
         }
     }
 

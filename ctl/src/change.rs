@@ -23,9 +23,9 @@ enum DryRun {
     Server,
 }
 
-/// What `apply` and `delete` share.
+/// What all changes of objects share.
 #[derive(clap::Args)]
-struct ChangeArgs {
+pub struct ChangeArgs {
     /// Check everything on the daemon, change nothing
     #[arg(long, value_enum, num_args = 0..=1, require_equals = true, default_value = "none", default_missing_value = "server", hide_possible_values = true, value_name = "server")]
     dry_run: DryRun,
@@ -38,7 +38,8 @@ struct ChangeArgs {
 }
 
 impl ChangeArgs {
-    fn begin(&self, prune: bool) -> Request {
+    /// How the change begins.
+    pub fn begin(&self, prune: bool) -> Request {
         Request::Begin(Begin {
             dry_run: self.dry_run != DryRun::None,
             prune,
@@ -52,7 +53,7 @@ impl ChangeArgs {
 pub struct ApplyArgs {
     #[command(flatten)]
     source: SourceArgs,
-    /// Remove every object that is not applied now
+    /// Remove every object of the cluster that is not applied now; PodRoutes stay
     #[arg(long)]
     prune: bool,
     #[command(flatten)]
@@ -157,7 +158,7 @@ fn kind_of(text: &str) -> Result<Kind> {
 }
 
 /// Ends the change and tells what became of it.
-fn commit(global: &Global, connection: &mut Connection, args: &ChangeArgs) -> Result<Ending> {
+pub fn commit(global: &Global, connection: &mut Connection, args: &ChangeArgs) -> Result<Ending> {
     if args.dry_run == DryRun::None {
         COMMIT_SENT.store(true, Ordering::SeqCst);
     }

@@ -130,6 +130,8 @@ enum Command {
     Metrics,
     /// List, count or remove flows
     Flows(flow::Args),
+    /// Add or remove a route to pods
+    Route(route::Args),
     /// Add or remove a port
     Port(port::Args),
     /// Explain what would happen to a packet on the running daemon, changing nothing
@@ -200,6 +202,7 @@ fn run(global: &Global, command: Command) -> Result<Ending> {
         Command::Drops(args) => drops::run(global, &args),
         Command::Metrics => metrics::run(global),
         Command::Flows(args) => flow::run(global, &args),
+        Command::Route(args) => route::run(global, &args),
         Command::Port(args) => port::run(global, args),
         Command::Trace(args) => trace::run(global, &args),
         Command::Capture(args) => capture::run(global, &args),

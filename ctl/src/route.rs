@@ -1,9 +1,78 @@
-//! Routes of the forwarding table: `get routes`, in the words of iproute2.
+//! Routes of the forwarding table: `get routes`, in the words of iproute2; and `route`, which adds and removes PodRoutes.
 
-use config::control::{Item, RouteRow};
+use std::net::IpAddr;
 
+use anyhow::Result;
+use clap::Subcommand;
+use config::control::{Apply, Delete, Item, Kind, ObjectRef, Request, RouteRow};
+use config::fault::Source;
+use config::object::{Object, PodRoute, PodRouteSpec};
+use ipnet::IpNet;
+
+use crate::change::{self, ChangeArgs};
 use crate::get::{Row, View};
 use crate::print::{Cell, Tint};
+use crate::{Ending, Global};
+
+/// `route`.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Send packets to a range of pods by a node or a router; replaces the route that was added for this range
+    Add {
+        /// The pods' range, such as 10.244.7.0/24
+        prefix: IpNet,
+        /// The word
+        #[arg(value_parser = ["via"], hide_possible_values = true)]
+        via: String,
+        /// InternalIP of the node, or address of a router
+        #[arg(value_name = "ADDRESS")]
+        next_hop: IpAddr,
+        #[command(flatten)]
+        change: ChangeArgs,
+    },
+    /// Take back what `route add` added
+    Remove {
+        /// The pods' range
+        prefix: IpNet,
+        #[command(flatten)]
+        change: ChangeArgs,
+    },
+}
+
+/// Runs `route`.
+pub fn run(global: &Global, args: &Args) -> Result<Ending> {
+    let connection = &mut global.connect()?;
+    let (request, change) = match &args.command {
+        Command::Add { prefix, next_hop, change, .. } => {
+            let spec = PodRouteSpec { prefix: prefix.to_string(), via: next_hop.to_string() };
+            let route = Object::PodRoute(Box::new(PodRoute::new(name_of(prefix), spec)));
+            (Request::Apply(Apply { source: Source::default(), object: route.to_value() }), change)
+        }
+        Command::Remove { prefix, change } => {
+            let object = ObjectRef { kind: Kind::PodRoute, namespace: String::new(), name: name_of(prefix) };
+            let source = Source::default();
+            (Request::Delete(Delete { source, object, ignore_not_found: false }), change)
+        }
+    };
+    connection.send(&change.begin(false))?;
+    connection.send(&request)?;
+    change::commit(global, connection, change)
+}
+
+/// The name of the PodRoute for a range, one that objects may have: `10.244.7.0-24`, `fd00-244-7-0-0-0-0-0-64`.
+fn name_of(prefix: &IpNet) -> String {
+    let address = match prefix.network() {
+        IpAddr::V4(address) => address.to_string(),
+        IpAddr::V6(address) => address.segments().map(|segment| format!("{segment:x}")).join("-"),
+    };
+    format!("{address}-{}", prefix.prefix_len())
+}
 
 impl Row for RouteRow {
     const SINGULAR: &'static str = "route";
@@ -53,6 +122,14 @@ impl Row for RouteRow {
 mod tests {
     use super::*;
     use crate::get::print_rows;
+
+    #[test]
+    fn names_of_ranges_are_names_of_objects() {
+        let name = |prefix: &str| name_of(&prefix.parse().unwrap());
+        assert_eq!(name("10.244.7.9/24"), "10.244.7.0-24");
+        assert_eq!(name("fd00:244:7::/64"), "fd00-244-7-0-0-0-0-0-64");
+        assert_eq!(name("::/1"), "0-0-0-0-0-0-0-0-1");
+    }
 
     #[test]
     fn absent_fields_are_none() {

@@ -344,6 +344,28 @@ fn pruning_leaves_what_is_applied_and_deleting_takes_the_rest() {
 }
 
 #[test]
+fn routes_to_pods_come_and_go_and_are_not_pruned() {
+    let daemon = Daemon::with_cluster();
+    let add = ["route", "add", "10.250.7.0/24", "via", "10.2.0.17"];
+    daemon.run(&add).assert().code(0).stdout("podroute.towpath.dev/10.250.7.0-24 created\n");
+    daemon.run(&add).assert().code(0).stdout("podroute.towpath.dev/10.250.7.0-24 unchanged\n");
+    daemon
+        .run(&["route", "add", "10.250.7.0/24", "via", "10.2.0.18"])
+        .assert()
+        .code(0)
+        .stdout("podroute.towpath.dev/10.250.7.0-24 configured\n");
+    daemon.run(&["apply", "--prune", "-f", "-"]).write_stdin(service("keep", "10.96.9.1")).assert().code(0);
+    let kept = daemon.text(&["get", "all", "-o", "yaml"]);
+    assert!(kept.contains("kind: PodRoute") && kept.contains("via: 10.2.0.18"), "{kept}");
+    let refused = daemon.run(&["route", "add", "10.96.7.0/24", "via", "10.2.0.17"]).assert().code(1);
+    let stderr = String::from_utf8(refused.get_output().stderr.clone()).unwrap();
+    assert!(stderr.contains("spec.prefix: 10.96.7.0/24: overlaps service_cidrs"), "{stderr}");
+    daemon.run(&["route", "remove", "10.250.7.0/24"]).assert().code(0);
+    daemon.run(&["route", "remove", "10.250.7.0/24"]).assert().code(1);
+    daemon.run(&["route", "add", "10.250.7.0/24", "10.2.0.17"]).assert().code(2);
+}
+
+#[test]
 fn two_writers_are_told_apart_by_the_generation() {
     let daemon = Daemon::with_cluster();
     let generation = daemon.json(&["status"])["generation"].to_string();

@@ -169,7 +169,7 @@ fn inside(manifests: &[Manifest]) -> Vec<IpNet> {
                     .flat_map(|endpoint| endpoint.addresses.first())
                     .for_each(|addr| host(addr));
             }
-            Object::Service(_) | Object::Namespace(_) => {}
+            Object::Service(_) | Object::Namespace(_) | Object::PodRoute(_) => {}
         }
     }
     nets.extend(pod_cidrs(manifests));
@@ -179,10 +179,14 @@ fn inside(manifests: &[Manifest]) -> Vec<IpNet> {
 fn pod_cidrs(manifests: &[Manifest]) -> Vec<IpNet> {
     let mut nets = Vec::new();
     for manifest in manifests {
-        if let Object::Node(node) = &manifest.object {
-            let spec = node.spec.iter();
-            let cidrs = spec.flat_map(|spec| spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr));
-            nets.extend(cidrs.filter_map(|cidr| cidr.parse::<IpNet>().ok()));
+        match &manifest.object {
+            Object::Node(node) => {
+                let spec = node.spec.iter();
+                let cidrs = spec.flat_map(|spec| spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr));
+                nets.extend(cidrs.filter_map(|cidr| cidr.parse::<IpNet>().ok()));
+            }
+            Object::PodRoute(route) => nets.extend(route.spec.prefix.parse::<IpNet>()),
+            _ => {}
         }
     }
     nets

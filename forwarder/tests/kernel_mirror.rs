@@ -284,6 +284,7 @@ fn follows_links_addresses_routes_and_neighbors() {
     gateway.follows("192.0.2.7", |found| found == Found::Route(Route::OnLink { port: 0 }));
 }
 
+/// Rules 12.5, 12.6.
 #[test]
 fn pod_routes_come_and_go() {
     if !is_root() {

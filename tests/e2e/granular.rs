@@ -184,6 +184,7 @@ fn directly(test: &Test, from: &Place, protocol: Protocol) -> Result<()> {
     Ok(())
 }
 
+/// Rule 12.4.
 fn no_source_translation(test: &mut Test) -> Result<()> {
     let mut pods = Vec::new();
     for node in ["gw-1", "node-1", "node-2", "node-3"] {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use tests::cluster::{Cluster, NODE_1, NODE_2, OWN_POD, OWN_POD_RANGE, VIP, nginx};
+use tests::cluster::{Cluster, NODE_1, NODE_2, OWN_POD, OWN_POD_RANGE, VIP, nginx, pod_v4};
 use tests::namespace::Namespace;
 use tests::process::Process;
 
@@ -192,4 +192,38 @@ fn a_pod_moves_with_its_connections() {
     let allowed: u32 = moved.iter().map(doublings).sum::<u32>() * 2;
     assert!(rounds[1] <= u64::from(allowed), "{rounds:?}, {moved:?}");
     cluster.finish(&["no_flow"]).unwrap();
+}
+
+/// Rule 12.5.
+#[test]
+fn a_route_leads_to_pods_that_no_node_tells_of() {
+    let cluster = Cluster::new("routes", 3).unwrap();
+    let other = cluster.second_node("routes-n2").unwrap();
+    let pods = ["10.250.7.5", "fd00:250:7::5"];
+    for pod in pods {
+        other.ip(&format!("address add {pod} dev lo")).unwrap();
+    }
+    let folder = cluster.folder.path().join("far");
+    std::fs::create_dir(&folder).unwrap();
+    let mut server = nginx(&other, &folder).unwrap();
+    let urls = [format!("http://{}/", pods[0]), format!("http://[{}]/", pods[1])];
+    let asks = |url: &str| cluster.client.output("curl", &["-s", "--max-time", "2", url]).unwrap();
+    urls.iter().for_each(|url| assert!(!asks(url).status.success(), "{url}: there is no route yet"));
+    for (range, via) in [("10.250.7.0/24", NODE_2[0]), ("fd00:250:7::/64", NODE_2[1])] {
+        cluster.daemon().ctl(&["route", "add", range, "via", via]).unwrap();
+    }
+    for (url, client) in urls.iter().zip(["198.51.100.2", "2001:db8:c::2"]) {
+        server.wait_until(PATIENCE, || asks(url).status.success()).unwrap();
+        let answer = cluster.curl(&[url]).unwrap();
+        assert!(answer.ends_with(&format!(" {client}\n")), "{answer}");
+    }
+    // They are pods: those of the other node see their own addresses, and are seen by theirs.
+    let answer =
+        cluster.node.run("curl", &["-sS", "--max-time", "20", "--interface", &pod_v4(1), &urls[0]]).unwrap();
+    assert_eq!(answer, format!("{} {}\n", pods[0], pod_v4(1)));
+    for range in ["10.250.7.0/24", "fd00:250:7::/64"] {
+        cluster.daemon().ctl(&["route", "remove", range]).unwrap();
+    }
+    urls.iter().for_each(|url| assert!(!asks(url).status.success(), "{url}: the route is gone"));
+    cluster.finish(&["no_flow", "no_route"]).unwrap();
 }

@@ -105,6 +105,25 @@ fn unknown_fields_are_warned_of_by_path_and_line() {
 }
 
 #[test]
+fn routes_to_pods_are_objects_of_our_own() {
+    const ROUTE: &str = "apiVersion: towpath.dev/v1\nkind: PodRoute\nmetadata: {name: far}\n\
+                         spec: {prefix: 10.244.7.0/24, via: 10.2.0.17}\n";
+    let found = only(ROUTE);
+    assert_eq!((found.faults.len(), found.warnings.len()), (0, 0), "{found:?}");
+    let object = &found.manifests[0].object;
+    assert_eq!(object.reference().to_string(), "PodRoute far");
+    let spec = PodRouteSpec { prefix: "10.244.7.0/24".into(), via: "10.2.0.17".into() };
+    assert_eq!(*object, Object::PodRoute(Box::new(PodRoute::new("far".into(), spec))));
+    let again = serde_json::to_string(object).unwrap();
+    assert_eq!(only(&again).manifests[0].object, *object, "{again}");
+    let fault = |text: &str| only(text).faults[0].to_string();
+    assert!(fault(&ROUTE.replace("towpath.dev/v1", "v1")).contains("use towpath.dev/v1"));
+    assert!(fault(&ROUTE.replace("10.2.0.17", "[1]")).contains("spec.via"));
+    let found = only(&ROUTE.replace("via", "gateway"));
+    assert_eq!(found.warnings[0].field.as_deref(), Some("spec.gateway"));
+}
+
+#[test]
 fn wrong_types_are_refused_by_path_and_line() {
     for (from, to, line, field, value) in [
         ("port: 80", "port: http", 10, "spec.ports[0].port", "\"http\""),

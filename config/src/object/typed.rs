@@ -31,18 +31,23 @@ pub(super) fn read(value: Value) -> Result<(Object, Vec<Fault>), Fault> {
         ("discovery.k8s.io/v1", "EndpointSlice") => {
             convert(value, |object| Object::EndpointSlice(Box::new(object)))
         }
+        ("towpath.dev/v1", "PodRoute") => convert(value, |object| Object::PodRoute(Box::new(object))),
         ("v1", "Endpoints") => {
             Err(Fault::new(Code::SkippedKind, "Endpoints are deprecated and not used: skipped")
                 .remedy("apply the EndpointSlices of the Service"))
         }
-        (_, "EndpointSlice" | "Service" | "Node" | "Pod" | "Namespace") => {
-            let version = if kind == "EndpointSlice" { "discovery.k8s.io/v1" } else { "v1" };
+        (_, "EndpointSlice" | "Service" | "Node" | "Pod" | "Namespace" | "PodRoute") => {
+            let version = match kind.as_str() {
+                "EndpointSlice" => "discovery.k8s.io/v1",
+                "PodRoute" => "towpath.dev/v1",
+                _ => "v1",
+            };
             Err(Fault::new(Code::Invalid, format!("not the apiVersion of a {kind}"))
                 .field("apiVersion")
                 .value(&api_version)
                 .remedy(format!("use {version}")))
         }
-        ("v1" | "discovery.k8s.io/v1", _)
+        ("v1" | "discovery.k8s.io/v1" | "towpath.dev/v1", _)
             if let Some(meant) = KINDS.iter().find(|known| is_slip(&kind, known)) =>
         {
             Err(Fault::new(Code::Invalid, "no such kind")
@@ -66,7 +71,7 @@ pub(super) fn read(value: Value) -> Result<(Object, Vec<Fault>), Fault> {
 }
 
 /// The kinds that are used.
-const KINDS: [&str; 5] = ["Namespace", "Node", "Pod", "Service", "EndpointSlice"];
+const KINDS: [&str; 6] = ["Namespace", "Node", "Pod", "Service", "EndpointSlice", "PodRoute"];
 
 /// `Service default/web`, from JSON that may not have the right types.
 fn name_of(value: &Value, kind: &str) -> String {
@@ -74,7 +79,7 @@ fn name_of(value: &Value, kind: &str) -> String {
     let name = word("name").unwrap_or("(no name)");
     match word("namespace") {
         Some(namespace) => format!("{kind} {namespace}/{name}"),
-        None if ["Node", "Namespace"].contains(&kind) => format!("{kind} {name}"),
+        None if ["Node", "Namespace", "PodRoute"].contains(&kind) => format!("{kind} {name}"),
         None => format!("{kind} default/{name}"),
     }
 }
@@ -238,7 +243,7 @@ const READ_FIELDS: [&str; 52] = [
 fn unknown_field(kind: &str, path: &str, object: &Value) -> Option<Fault> {
     let name = path.rsplit(['.', ']']).next().unwrap_or(path);
     let meant = READ_FIELDS.iter().find(|known| is_slip(name, known));
-    if meant.is_none() && !["Service", "EndpointSlice"].contains(&kind) {
+    if meant.is_none() && !["Service", "EndpointSlice", "PodRoute"].contains(&kind) {
         return None;
     }
     let mut fault = Fault::new(Code::UnknownField, "no such field in the API: ignored").field(path);

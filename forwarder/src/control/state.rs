@@ -12,9 +12,11 @@ use std::sync::Arc;
 use config::control::{Change, Kind, ObjectRef, Outcome};
 use config::fault::{Code, Fault, Source};
 use config::object::{Manifest, Object};
+use ipnet::IpNet;
 
 use super::facts::{Facts, NodeFacts, PodFacts, ServiceFacts, SliceFacts};
 use super::validate::{self, Rules};
+use crate::addr::Addr;
 
 pub use claims::{Claim, Claims};
 
@@ -216,6 +218,14 @@ impl State {
     pub fn pods(&self) -> impl Iterator<Item = (&Arc<Entry>, &PodFacts)> {
         self.of_kind(Kind::Pod).filter_map(|entry| match &entry.facts {
             Facts::Pod(facts) => Some((entry, facts)),
+            _ => None,
+        })
+    }
+
+    /// All PodRoutes: prefix and next hop.
+    pub fn pod_routes(&self) -> impl Iterator<Item = (IpNet, Addr)> {
+        self.of_kind(Kind::PodRoute).filter_map(|entry| match &entry.facts {
+            Facts::PodRoute(facts) => facts.route,
             _ => None,
         })
     }
@@ -442,7 +452,9 @@ impl Staged<'_> {
             );
             return;
         }
-        let gone: Vec<_> = self.state.entries.keys().filter(|key| !applied.contains(*key)).cloned().collect();
+        // PodRoutes are the operator's, not the cluster's.
+        let is_gone = |key: &&Arc<ObjectRef>| key.kind != Kind::PodRoute && !applied.contains(*key);
+        let gone: Vec<_> = self.state.entries.keys().filter(is_gone).cloned().collect();
         for reference in gone {
             let old = self.state.set(&reference, None);
             self.undo.push((reference.clone(), old));

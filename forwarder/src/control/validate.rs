@@ -5,15 +5,15 @@
 
 use std::net::IpAddr;
 
-use config::control::ObjectRef;
+use config::control::{Kind, ObjectRef};
 use config::fault::{Code, Fault};
 use config::gateway::{Gateway, OverlayKind};
 use ipnet::IpNet;
 
 use super::address::host_net;
 use super::facts::{
-    AddressKind, Facts, HostPort, NodeFacts, PodFacts, PortFacts, ServiceAddress, ServiceFacts, Skip,
-    SliceFacts, protocol_name,
+    AddressKind, Facts, HostPort, NodeFacts, PodFacts, PodRouteFacts, PortFacts, ServiceAddress,
+    ServiceFacts, Skip, SliceFacts, protocol_name,
 };
 use super::state::{Claim, Entry, State};
 use crate::addr::{Addr, protocol};
@@ -56,6 +56,7 @@ pub fn judge(state: &State, rules: &Rules<'_>, entry: &Entry) -> Judgement {
         Facts::Pod(pod) => judge.pod(pod),
         Facts::Service(service) => judge.service(service),
         Facts::Slice(slice) => judge.slice(slice),
+        Facts::PodRoute(route) => judge.pod_route(route),
     }
     judge.found
 }
@@ -273,8 +274,12 @@ impl Judge<'_> {
             self.found.warnings.push(fault.remedy(remedy));
         }
         for (index, (net, field)) in node.pod_cidrs.iter().enumerate() {
-            let other =
-                self.state.claims().pod_cidrs_overlapping(*net).find(|(_, owner)| ***owner != *self.me);
+            // A PodRoute may say otherwise of some pods of a Node.
+            let other = self
+                .state
+                .claims()
+                .pod_cidrs_overlapping(*net)
+                .find(|(_, owner)| owner.kind == Kind::Node && ***owner != *self.me);
             if let Some((range, other)) = other {
                 let message = format!("overlaps the podCIDR {range} of {other}");
                 self.conflict(field, net, message, "give each Node podCIDRs of its own");
@@ -282,30 +287,7 @@ impl Judge<'_> {
             if let Some((range, _)) = node.pod_cidrs[..index].iter().find(|(range, _)| overlap(range, net)) {
                 self.conflict(field, net, format!("overlaps {range} of the same Node"), "remove one of them");
             }
-            if let Some((addr, service)) = self.state.claims().vips_within(*net).next() {
-                let message = format!("holds {addr}, an address of {service}");
-                self.conflict(
-                    field,
-                    net,
-                    message,
-                    "give the Service or the pods of the Node other addresses",
-                );
-            }
-            let section = &self.rules.gateway.gateway;
-            for (name, ranges) in [
-                ("service_cidrs", &section.service_cidrs),
-                ("load_balancer_cidrs", &section.load_balancer_cidrs),
-            ] {
-                if let Some(range) = ranges.iter().find(|range| overlap(range, net)) {
-                    let message = format!("overlaps {name} ({range}) of the gateway file");
-                    self.conflict(
-                        field,
-                        net,
-                        message,
-                        "ranges of pods, Services and load balancers must be disjoint",
-                    );
-                }
-            }
+            self.pod_range(field, *net);
         }
         for addr in node.addresses() {
             if let Some(other) = self.state.claims().other(Claim::NodeAddress(addr), self.me) {
@@ -313,6 +295,40 @@ impl Judge<'_> {
                 self.conflict("status.addresses", addr, message, "give each Node addresses of its own");
             }
             self.not_a_service("status.addresses", addr, "give the Node or the Service another address");
+        }
+    }
+
+    fn pod_route(&mut self, route: &PodRouteFacts) {
+        let Some((net, via)) = route.route else { return };
+        let others = self.state.claims().of(Claim::PodCidr(net));
+        let mut others = others.filter(|owner| owner.kind == Kind::PodRoute && ***owner != *self.me);
+        if let Some(other) = others.next() {
+            let message = format!("is the prefix of {other} too");
+            self.conflict("spec.prefix", net, message, "delete one of the two");
+        }
+        self.pod_range("spec.prefix", net);
+        if net.contains(&IpAddr::from(via)) {
+            let remedy = "give the InternalIP of the node, or the address of a router";
+            self.conflict("spec.via", via, format!("lies in {net} itself"), remedy);
+        }
+        self.not_a_service("spec.via", via, "give the InternalIP of the node, or the address of a router");
+    }
+
+    /// A range of pods, which no Service may be in.
+    fn pod_range(&mut self, field: &str, net: IpNet) {
+        if let Some((addr, service)) = self.state.claims().vips_within(net).next() {
+            let message = format!("holds {addr}, an address of {service}");
+            self.conflict(field, net, message, "give the Service or the pods other addresses");
+        }
+        let section = &self.rules.gateway.gateway;
+        for (name, ranges) in
+            [("service_cidrs", &section.service_cidrs), ("load_balancer_cidrs", &section.load_balancer_cidrs)]
+        {
+            if let Some(range) = ranges.iter().find(|range| overlap(range, &net)) {
+                let message = format!("overlaps {name} ({range}) of the gateway file");
+                let remedy = "ranges of pods, Services and load balancers must be disjoint";
+                self.conflict(field, net, message, remedy);
+            }
         }
     }
 

@@ -615,6 +615,7 @@ mod tests {
         assert_eq!(next_hop(&world.build(), "203.0.113.5").gateway, ip("192.0.2.254").into());
     }
 
+    /// Rules 12.3, 12.5.
     #[test]
     fn pod_routes_follow_the_way_to_their_node() {
         let mut world = World::new();

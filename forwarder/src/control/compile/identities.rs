@@ -35,10 +35,11 @@ pub fn identities(state: &State, gateway: &Gateway, own: &[Addr]) -> Lpm<Identit
     Lpm::build(entries)
 }
 
-/// Ranges of pod addresses: cluster_cidrs and the podCIDRs of all Nodes.
+/// Ranges of pod addresses: cluster_cidrs, the podCIDRs of all Nodes, and PodRoutes.
 pub fn pod_ranges(state: &State, gateway: &Gateway) -> Vec<IpNet> {
     let of_nodes = state.nodes().flat_map(|(_, node)| node.pod_cidrs.iter().map(|(net, _)| *net));
-    gateway.gateway.cluster_cidrs.iter().copied().chain(of_nodes).collect()
+    let of_routes = state.pod_routes().map(|(net, _)| net);
+    gateway.gateway.cluster_cidrs.iter().copied().chain(of_nodes).chain(of_routes).collect()
 }
 
 /// True if `addr` lies in a range of pod addresses.
@@ -48,7 +49,8 @@ pub fn is_pod_address(state: &State, gateway: &Gateway, addr: Addr) -> bool {
 }
 
 /// Routes to pods: each podCIDR by the InternalIP of its Node, of the same family, or by whichever there is a tunnel to. Not to our
-/// own pods, which the kernel routes, and not to a Node without such an InternalIP.
+/// own pods, which the kernel routes, and not to a Node without such an InternalIP. Then what PodRoutes say, which holds for prefixes
+/// that both have.
 pub fn pod_routes(state: &State, gateway: &Gateway) -> Vec<(IpNet, Addr)> {
     let routes = others(state, gateway).flat_map(|node| {
         node.pod_cidrs.iter().filter_map(|(net, _)| {
@@ -57,7 +59,11 @@ pub fn pod_routes(state: &State, gateway: &Gateway) -> Vec<(IpNet, Addr)> {
             Some((*net, tunnel_end(node, gateway).or_else(native)?))
         })
     });
-    routes.collect()
+    let by_tunnel = |via: Addr| {
+        let node = others(state, gateway).find(|node| node.internal_ips.contains(&via));
+        node.and_then(|node| tunnel_end(node, gateway)).unwrap_or(via)
+    };
+    routes.chain(state.pod_routes().map(|(net, via)| (net, by_tunnel(via)))).collect()
 }
 
 /// Nodes that are reached by a tunnel: where it ends, and the link-layer address of the node's VXLAN device, if it is known.
@@ -82,9 +88,10 @@ fn others<'s>(state: &'s State, gateway: &'s Gateway) -> impl Iterator<Item = &'
     others.map(|(_, node)| node)
 }
 
-/// True if a change touches what is read from Nodes.
+/// True if a change touches what is read from Nodes and PodRoutes.
 pub(super) fn nodes_differ(touched: &[Touch]) -> bool {
-    touched.iter().filter(|touch| touch.reference.kind == Kind::Node).any(|touch| {
+    let of_nodes = touched.iter().filter(|touch| matches!(touch.reference.kind, Kind::Node | Kind::PodRoute));
+    of_nodes.into_iter().any(|touch| {
         let facts = |entry: &Option<std::sync::Arc<crate::control::state::Entry>>| {
             entry.as_ref().map(|e| e.facts.clone())
         };
@@ -161,6 +168,7 @@ status: {phase: Succeeded, podIP: 172.16.0.6}
         }
     }
 
+    /// Rules 12.3, 12.5.
     #[test]
     fn pods_are_reached_by_their_nodes() {
         let cluster = Cluster::new(
@@ -180,14 +188,37 @@ kind: Node
 metadata: {name: gw}
 spec: {podCIDR: 10.244.3.0/24}
 status: {addresses: [{type: InternalIP, address: 192.168.0.3}]}
+---
+kind: Node
+metadata: {name: n4, annotations: {towpath.dev/overlay: vxlan}}
+status: {addresses: [{type: InternalIP, address: 'fd00::4'}, {type: InternalIP, address: 192.168.0.4}]}
+---
+apiVersion: towpath.dev/v1
+kind: PodRoute
+metadata: {name: more}
+spec: {prefix: 10.250.0.0/24, via: 192.168.0.9}
+---
+apiVersion: towpath.dev/v1
+kind: PodRoute
+metadata: {name: tunneled}
+spec: {prefix: 10.251.0.0/24, via: 192.168.0.4}
 ",
         );
         let routes = pod_routes(&cluster.state, &cluster.gateway);
         let shown: Vec<_> = routes.iter().map(|(net, via)| format!("{net} via {via}")).collect();
         assert_eq!(
             shown,
-            ["10.244.1.0/24 via 192.168.0.1", "fd00:244:1::/64 via fd00::1", "fd00:244:2::/64 via fd00::2"]
+            [
+                "10.244.1.0/24 via 192.168.0.1",
+                "fd00:244:1::/64 via fd00::1",
+                "fd00:244:2::/64 via fd00::2",
+                // PodRoutes last: of one prefix the last holds.
+                "10.250.0.0/24 via 192.168.0.9",
+                "10.251.0.0/24 via fd00::4",
+            ]
         );
+        let who = identities(&cluster.state, &cluster.gateway, &[]);
+        assert_eq!(who.lookup("10.250.0.7".parse::<IpAddr>().unwrap().into()), Some(Identity::Pod));
     }
 
     #[test]

@@ -84,6 +84,8 @@ impl Compiler {
             Facts::Node(facts) => vec![Item::Node(self.node_row(entry, facts))],
             Facts::Pod(_) => vec![Item::Pod(pod_row(entry))],
             Facts::Namespace => vec![Item::Namespace(namespace_row(entry))],
+            // What came of it is among the routes.
+            Facts::PodRoute(_) => Vec::new(),
         }
     }
 

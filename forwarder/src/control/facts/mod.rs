@@ -5,6 +5,7 @@
 mod annotation;
 mod node;
 mod pod;
+mod pod_route;
 mod service;
 mod slice;
 
@@ -18,6 +19,7 @@ use crate::addr::{Addr, protocol};
 
 pub use node::NodeFacts;
 pub use pod::{HostPort, PodFacts};
+pub use pod_route::PodRouteFacts;
 pub use service::{AddressKind, Distribution, PortFacts, ServiceAddress, ServiceFacts, ServiceType, Skip};
 pub use slice::{EndpointFacts, SliceFacts, SlicePort};
 
@@ -34,6 +36,8 @@ pub enum Facts {
     Service(ServiceFacts),
     /// Endpoints.
     Slice(SliceFacts),
+    /// A range of pods and the way there.
+    PodRoute(PodRouteFacts),
 }
 
 impl Facts {
@@ -47,6 +51,7 @@ impl Facts {
             Object::Pod(pod) => Facts::Pod(PodFacts::read(pod, faults, warnings)),
             Object::Service(service) => Facts::Service(ServiceFacts::read(service, faults, warnings)),
             Object::EndpointSlice(slice) => Facts::Slice(SliceFacts::read(slice, faults, warnings)),
+            Object::PodRoute(route) => Facts::PodRoute(PodRouteFacts::read(route, faults)),
         }
     }
 }

@@ -47,7 +47,9 @@ impl Update {
                 let of_addresses: Vec<Family> = match &entry.facts {
                     Facts::Service(service) => service.addresses.iter().map(|a| a.addr.family()).collect(),
                     Facts::Slice(slice) => slice.endpoints.iter().map(|e| e.addr.family()).collect(),
-                    Facts::Namespace | Facts::Node(_) | Facts::Pod(_) => Family::ALL.to_vec(),
+                    Facts::Namespace | Facts::Node(_) | Facts::Pod(_) | Facts::PodRoute(_) => {
+                        Family::ALL.to_vec()
+                    }
                 };
                 of_addresses.into_iter().for_each(|family| families[family as usize] = true);
             }

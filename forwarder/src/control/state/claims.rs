@@ -31,7 +31,7 @@ pub enum Claim {
     NodeAddress(Addr),
     /// A slice: the address of an endpoint.
     EndpointAddress(Addr),
-    /// A Node: one of its podCIDRs.
+    /// A Node: one of its podCIDRs. A PodRoute: its prefix.
     PodCidr(IpNet),
 }
 
@@ -62,7 +62,7 @@ impl Claims {
         self.of(claim).find(|owner| ***owner != *me)
     }
 
-    /// podCIDRs that have an address in common with `net`, with their Nodes.
+    /// podCIDRs that have an address in common with `net`, with their Nodes; and prefixes of PodRoutes.
     pub fn pod_cidrs_overlapping(&self, net: IpNet) -> impl Iterator<Item = (IpNet, &Arc<ObjectRef>)> {
         // Prefixes nest or are disjoint: an overlapping one begins inside `net`, or is one of the few that hold it.
         let inside_first = Claim::PodCidr(with_length(net.network(), 0));
@@ -90,7 +90,7 @@ impl Claims {
         })
     }
 
-    /// True if `ip` lies in a podCIDR of a Node.
+    /// True if `ip` lies in a podCIDR of a Node, or in a PodRoute.
     pub fn in_pod_cidr(&self, ip: IpAddr) -> bool {
         self.pod_cidrs_overlapping(IpNet::from(ip)).next().is_some()
     }
@@ -165,6 +165,7 @@ fn claims(entry: &Entry) -> Vec<Claim> {
         Facts::Slice(slice) => {
             claims.extend(slice.endpoints.iter().map(|endpoint| Claim::EndpointAddress(endpoint.addr)));
         }
+        Facts::PodRoute(route) => claims.extend(route.route.map(|(net, _)| Claim::PodCidr(net))),
     }
     claims
 }

@@ -240,6 +240,39 @@ fn overlapping_pod_cidrs() {
         .apply(&node("b", "10.10.1.0/24, 'fd00:2::/64'"));
 }
 
+/// Rule 12.5.
+#[test]
+fn routes_to_pods() {
+    let route = |name: &str, prefix: &str, via: &str| {
+        format!(
+            "apiVersion: towpath.dev/v1\nkind: PodRoute\nmetadata: {{name: {name}}}\nspec: {{prefix: '{prefix}', via: '{via}'}}\n"
+        )
+    };
+    let good = route("a", "10.10.0.0/24", "192.168.0.7");
+    refuses(
+        &good,
+        &route("b", "10.10.0.0/24", "192.168.0.8"),
+        "spec.prefix",
+        "is the prefix of PodRoute a too",
+    );
+    refuses("", &route("a", "10.96.1.0/24", "192.168.0.7"), "spec.prefix", "service_cidrs");
+    refuses("", &route("a", "10.10.0.0/24", "10.10.0.7"), "spec.via", "lies in 10.10.0.0/24 itself");
+    refuses("", &route("a", "0.0.0.0/0", "192.168.0.7"), "spec.prefix", "not a prefix");
+    refuses("", &route("a", "10.10.0.0/24", "router"), "spec.via", "not an IP address");
+    let far = service("web", "clusterIP: 10.97.3.3, ports: [{port: 80}]");
+    refuses(
+        &far,
+        &route("a", "10.97.0.0/16", "192.168.0.7"),
+        "spec.prefix",
+        "an address of Service default/web",
+    );
+    // It may say otherwise of a Node's pods, or of some of them; and Nodes and routes may come in any order.
+    let node = "kind: Node\nmetadata: {name: n}\nspec: {podCIDRs: [10.10.0.0/24]}\n";
+    Cluster::new(HEAD, node).apply(&good);
+    Cluster::new(HEAD, &good).apply(node);
+    Cluster::new(HEAD, &good).apply(&route("b", "10.10.0.128/25", "192.168.0.8"));
+}
+
 /// Rule 14.8.
 #[test]
 fn two_pods_on_one_address() {
