@@ -8,9 +8,9 @@
 //!            heartbeats --------------- shared map ------------- "alive at ..."
 //! ```
 //!
-//! The sockets of a port are never closed while the keeper lives, unless the port is removed ([`attach`]), so that a data plane that dies costs no packet: the receive rings
-//! hold what comes until the next one has mapped them again and found its frames (see [`af_xdp::ledger`]). What
-//! happens when a process dies:
+//! The sockets of a port are never closed while the keeper lives, unless the port is removed ([`attach`]), so that a data plane that
+//! dies costs no packet: the receive rings hold what comes until the next one has mapped them again and found its frames (see
+//! [`af_xdp::ledger`]). What happens when a process dies:
 //!
 //! | who | what happens |
 //! | --- | --- |
