@@ -356,7 +356,7 @@ fn routes_to_pods_come_and_go_and_are_not_pruned() {
         .stdout("podroute.towpath.dev/10.250.7.0-24 configured\n");
     daemon.run(&["apply", "--prune", "-f", "-"]).write_stdin(service("keep", "10.96.9.1")).assert().code(0);
     let kept = daemon.text(&["get", "all", "-o", "yaml"]);
-    assert!(kept.contains("kind: PodRoute") && kept.contains("via: 10.2.0.18"), "{kept}");
+    assert!(kept.contains("kind: PodRoute") && kept.contains("via: \"10.2.0.18\""), "{kept}");
     let refused = daemon.run(&["route", "add", "10.96.7.0/24", "via", "10.2.0.17"]).assert().code(1);
     let stderr = String::from_utf8(refused.get_output().stderr.clone()).unwrap();
     assert!(stderr.contains("spec.prefix: 10.96.7.0/24: overlaps service_cidrs"), "{stderr}");

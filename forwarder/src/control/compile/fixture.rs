@@ -27,7 +27,11 @@ pub(crate) fn objects(yaml: &str) -> Vec<Object> {
     let text: Vec<String> = yaml
         .split("---\n")
         .map(|document| {
-            let version = if document.contains("kind: EndpointSlice") { "discovery.k8s.io/v1" } else { "v1" };
+            let version = match document {
+                slice if slice.contains("kind: EndpointSlice") => "discovery.k8s.io/v1",
+                route if route.contains("kind: PodRoute") => "towpath.dev/v1",
+                _ => "v1",
+            };
             format!("apiVersion: {version}\n{}", document.trim_start())
         })
         .collect();

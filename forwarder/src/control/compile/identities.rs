@@ -193,12 +193,10 @@ kind: Node
 metadata: {name: n4, annotations: {towpath.dev/overlay: vxlan}}
 status: {addresses: [{type: InternalIP, address: 'fd00::4'}, {type: InternalIP, address: 192.168.0.4}]}
 ---
-apiVersion: towpath.dev/v1
 kind: PodRoute
 metadata: {name: more}
 spec: {prefix: 10.250.0.0/24, via: 192.168.0.9}
 ---
-apiVersion: towpath.dev/v1
 kind: PodRoute
 metadata: {name: tunneled}
 spec: {prefix: 10.251.0.0/24, via: 192.168.0.4}

@@ -244,9 +244,7 @@ fn overlapping_pod_cidrs() {
 #[test]
 fn routes_to_pods() {
     let route = |name: &str, prefix: &str, via: &str| {
-        format!(
-            "apiVersion: towpath.dev/v1\nkind: PodRoute\nmetadata: {{name: {name}}}\nspec: {{prefix: '{prefix}', via: '{via}'}}\n"
-        )
+        format!("kind: PodRoute\nmetadata: {{name: {name}}}\nspec: {{prefix: '{prefix}', via: '{via}'}}\n")
     };
     let good = route("a", "10.10.0.0/24", "192.168.0.7");
     refuses(
