@@ -361,12 +361,13 @@ fn only_workers_run_on_the_cpus_of_workers() {
     let rig = Rig::new();
     let daemon = rig.start();
     let tasks = format!("/proc/{}/task", daemon.data_plane());
-    let threads = std::fs::read_dir(tasks).unwrap().map(|entry| {
+    let threads = std::fs::read_dir(tasks).unwrap().filter_map(|entry| {
         let path = entry.unwrap().path();
-        let status = std::fs::read_to_string(path.join("status")).unwrap();
+        // A thread may have ended by now.
+        let status = std::fs::read_to_string(path.join("status")).ok()?;
         let field =
             |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
-        (field("Name:"), field("Cpus_allowed_list:"))
+        Some((field("Name:"), field("Cpus_allowed_list:")))
     });
     let threads: Vec<(String, String)> = threads.collect();
     assert!(threads.len() > 3, "{threads:?}");

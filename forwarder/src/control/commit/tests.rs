@@ -423,7 +423,10 @@ fn a_directory_that_cannot_be_written_refuses_changes_until_it_can() {
         assert_eq!(rig.publisher.tables().generation, generation);
         assert!(!rig.steer.has("10.96.0.1"));
     }
-    assert!(matches!(talk.ask("\"status\""), Reply::Status(status) if status.problems.len() == 1));
+    let Reply::Status(status) = talk.ask("\"status\"") else { panic!("no status") };
+    // On a busy machine a worker may be late as well.
+    let of_storage = status.problems.iter().filter(|problem| problem.code == Code::Storage);
+    assert_eq!(of_storage.count(), 1, "{:?}", status.problems);
     std::fs::remove_file(&state).unwrap();
     std::fs::create_dir(&state).unwrap();
     talk.apply(&[service("a", "10.96.0.1")]);
