@@ -98,7 +98,11 @@ class Process:
 
     def __init__(self, command):
         self.command = [str(word) for word in command]
-        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
+        # The allocator as the data plane has it, forwarder/src/keeper/supervise.rs.
+        environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"}
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/", env=environment
+        )
         self.ready = json.loads(self._line())
 
     def _line(self):

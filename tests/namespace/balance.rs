@@ -2,7 +2,6 @@
 //! conversation sends bytes of its own and must get exactly them back, with all others open.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write as _;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
@@ -11,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::net::sockopt::{Timeout, set_socket_reuseaddr, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 
-use tests::cluster::{Cluster, GATEWAY, SNAT_VIP, SNAT_VIP6, VIP, VIP6, pod_v4, pod_v6, slices};
+use tests::cluster::{Cluster, GATEWAY, SNAT_VIP, SNAT_VIP6, VIP, VIP6, slices, slices_of};
 use tests::process::Process;
 
 const CLIENT: [&str; 2] = ["198.51.100.2", "2001:db8:c::2"];
@@ -80,21 +79,7 @@ fn service(name: &str, policy: &str, number: u8, pods: &[u8]) -> String {
          ports: [{{name: tcp, protocol: TCP, port: {PORT}}}, {{name: udp, protocol: UDP, port: {PORT}}}]\n\
          status: {{loadBalancer: {{ingress: [{{ip: 203.0.113.{number}}}, {{ip: '2001:db8::{number}'}}]}}}}\n"
     );
-    for (family, address) in [("IPv4", pod_v4 as fn(u8) -> String), ("IPv6", pod_v6)] {
-        let endpoints: Vec<_> = pods
-            .iter()
-            .map(|pod| format!("{{addresses: ['{}'], nodeName: node-1}}", address(*pod)))
-            .collect();
-        let _ = write!(
-            text,
-            "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{namespace: default, name: {name}-{}, \
-             labels: {{kubernetes.io/service-name: {name}}}}}\naddressType: {family}\n\
-             ports: [{{name: tcp, protocol: TCP, port: {PORT}}}, {{name: udp, protocol: UDP, port: {PORT}}}]\n\
-             endpoints: [{}]\n",
-            family.to_lowercase(),
-            endpoints.join(", ")
-        );
-    }
+    text += &slices_of(name, &[("tcp", "TCP", PORT), ("udp", "UDP", PORT)], pods.iter().copied());
     text
 }
 

@@ -3,14 +3,13 @@
 //!
 //! The controller's pods are on node-1, the backend that it proxies to is a pod of node-2 behind a ClusterIP.
 
-use std::fmt::Write as _;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use tests::cluster::{Cluster, FAR_POD, pod_v4, pod_v6};
+use tests::cluster::{Cluster, FAR_POD, pod_v4, pod_v6, slices_of};
 use tests::namespace::run;
 use tests::process::Process;
 
@@ -106,26 +105,7 @@ fn services() -> String {
 
 /// The controller's slices, with these pods.
 fn controllers(pods: &[u8]) -> String {
-    let mut text = String::new();
-    for (family, address) in [("IPv4", pod_v4 as fn(u8) -> String), ("IPv6", pod_v6)] {
-        let ports: Vec<_> = PORTS
-            .iter()
-            .map(|(name, _, port)| format!("{{name: {name}, protocol: TCP, port: {port}}}"))
-            .collect();
-        let endpoints: Vec<_> = pods
-            .iter()
-            .map(|pod| format!("{{addresses: ['{}'], nodeName: node-1}}", address(*pod)))
-            .collect();
-        let _ = write!(
-            text,
-            "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{namespace: default, name: ingress-{}, \
-             labels: {{kubernetes.io/service-name: ingress}}}}\naddressType: {family}\nports: [{}]\nendpoints: [{}]\n",
-            family.to_lowercase(),
-            ports.join(", "),
-            endpoints.join(", ")
-        );
-    }
-    text
+    slices_of("ingress", &PORTS.map(|(name, _, port)| (name, "TCP", port)), pods.iter().copied())
 }
 
 /// A client's WebSocket.

@@ -307,27 +307,30 @@ pub fn objects() -> String {
 
 /// EndpointSlices of both Services with these pods ready.
 pub fn slices(pods: impl Iterator<Item = u8> + Clone) -> String {
+    ["web", "shop"].map(|name| slices_of(name, &PORTS, pods.clone())).concat()
+}
+
+/// EndpointSlices of a Service, one of each family, with these pods ready. `ports`: name, protocol, number.
+pub fn slices_of(name: &str, ports: &[(&str, &str, u16)], pods: impl Iterator<Item = u8> + Clone) -> String {
     let mut text = String::new();
-    for name in ["web", "shop"] {
-        for (family, address) in [("IPv4", pod_v4 as fn(u8) -> String), ("IPv6", pod_v6)] {
-            let _ = write!(
+    for (family, address) in [("IPv4", pod_v4 as fn(u8) -> String), ("IPv6", pod_v6)] {
+        let _ = write!(
+            text,
+            "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{namespace: default, name: {name}-{}, \
+             labels: {{kubernetes.io/service-name: {name}}}}}\naddressType: {family}\nports:\n",
+            family.to_lowercase()
+        );
+        for (port, protocol, number) in ports {
+            let _ = writeln!(text, "- {{name: {port}, protocol: {protocol}, port: {number}}}");
+        }
+        text += if pods.clone().next().is_some() { "endpoints:\n" } else { "endpoints: []\n" };
+        for pod in pods.clone() {
+            let _ = writeln!(
                 text,
-                "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{namespace: default, name: {name}-{}, \
-                 labels: {{kubernetes.io/service-name: {name}}}}}\naddressType: {family}\nports:\n",
-                family.to_lowercase()
+                "- {{addresses: ['{}'], nodeName: node-1, conditions: {{ready: true}}, \
+                 targetRef: {{kind: Pod, namespace: default, name: pod-{pod}}}}}",
+                address(pod)
             );
-            for (port, protocol, number) in PORTS {
-                let _ = writeln!(text, "- {{name: {port}, protocol: {protocol}, port: {number}}}");
-            }
-            text += "endpoints:\n";
-            for pod in pods.clone() {
-                let _ = writeln!(
-                    text,
-                    "- {{addresses: ['{}'], nodeName: node-1, conditions: {{ready: true}}, \
-                     targetRef: {{kind: Pod, namespace: default, name: pod-{pod}}}}}",
-                    address(pod)
-                );
-            }
         }
     }
     text

@@ -90,8 +90,7 @@ fn others<'s>(state: &'s State, gateway: &'s Gateway) -> impl Iterator<Item = &'
 
 /// True if a change touches what is read from Nodes and PodRoutes.
 pub(super) fn nodes_differ(touched: &[Touch]) -> bool {
-    let of_nodes = touched.iter().filter(|touch| matches!(touch.reference.kind, Kind::Node | Kind::PodRoute));
-    of_nodes.into_iter().any(|touch| {
+    touched.iter().filter(|touch| matches!(touch.reference.kind, Kind::Node | Kind::PodRoute)).any(|touch| {
         let facts = |entry: &Option<std::sync::Arc<crate::control::state::Entry>>| {
             entry.as_ref().map(|e| e.facts.clone())
         };
